@@ -1,0 +1,336 @@
+"""Every command that a user can type."""
+
+import errno
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated, NoReturn
+
+import typer
+
+from cakd_cli import __version__
+from cakd_cli.errors import CakdError, ExitCode, InputError
+
+EPILOG = (
+    "Exit codes: 0 done, 1 a bug in cakd, 2 a wrong word, 3 a wrong recipe, 4 missing or damaged input, "
+    "5 training diverged, 6 a check failed, 7 hardware, 75 stopped and saved (run again with --resume), 130 interrupted."
+)
+
+app = typer.Typer(
+    name="cakd",
+    help="Distil a large image classifier into a small one.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the recipes that ship with cakd.")
+app.add_typer(recipes_app, name="recipes")
+
+
+class ExportFormat(StrEnum):
+    """How a student leaves."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    safetensors = "safetensors"
+
+
+class SplitName(StrEnum):
+    """Which images to measure on."""
+
+    test = "test"
+    val = "val"
+    train = "train"
+
+
+class Catalogue(StrEnum):
+    """What can be listed."""
+
+    models = "models"
+    losses = "losses"
+    data = "data"
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe (name or path), then any of its keys."),
+]
+Data = Annotated[str | None, typer.Option(help="digits, cifar100, folder:PATH, tensors:FILE, ... (cakd list data)")]
+DataRoot = Annotated[str | None, typer.Option(help="Folder of data that is downloaded.")]
+Out = Annotated[str | None, typer.Option(help="Run directory; by default runs/ and a name made of the settings.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+Seed = Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; start it if there is none.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run, or an exported folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cakd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Distil a large image classifier into a small one."""
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the demo's runs.")] = "runs/demo",
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show the whole story on data that ships with cakd, in about a minute."""
+    from cakd_cli.commands import demo as command
+    from cakd_cli.console import Console
+
+    command.run(out=out, overwrite=overwrite, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
+
+
+@app.command("train-teacher")
+def train_teacher(
+    words: Words = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Annotated[str | None, typer.Option(help="resnet56, torchvision:resnet18, ... (cakd list models)")] = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a network on labels alone."""
+    from cakd_cli.commands import train
+    from cakd_cli.console import Console
+
+    flags = {
+        "data": data,
+        "data.root": data_root,
+        "model": model,
+        "engine.epochs": epochs,
+        "seed": seed,
+        "engine.device": device,
+        "engine.batch_size": batch_size,
+    }
+    train.run(
+        words or [],
+        flags,
+        distil=False,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        console=Console(json_mode=json, quiet=quiet, verbose=verbose),
+    )
+
+
+@app.command()
+def distill(
+    words: Words = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    teacher: Annotated[str | None, typer.Option(help="Run directory, torchvision:NAME or timm:NAME.")] = None,
+    student: Annotated[str | None, typer.Option(help="resnet8, torchvision:NAME, ... (cakd list models)")] = None,
+    loss: Annotated[str | None, typer.Option(help="cakd, dkd, kd, cross-entropy, ... (cakd list losses)")] = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a small network on what a large one says."""
+    from cakd_cli.commands import train
+    from cakd_cli.console import Console
+
+    flags = {
+        "data": data,
+        "data.root": data_root,
+        "teacher": teacher,
+        "model": student,
+        "loss": loss,
+        "engine.epochs": epochs,
+        "seed": seed,
+        "engine.device": device,
+        "engine.batch_size": batch_size,
+    }
+    train.run(
+        words or [],
+        flags,
+        distil=True,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        console=Console(json_mode=json, quiet=quiet, verbose=verbose),
+    )
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    data: Data = None,
+    data_root: DataRoot = None,
+    split: Annotated[SplitName, typer.Option(help="Which images.")] = SplitName.test,
+    teacher: Annotated[str | None, typer.Option(help="Compare with this teacher as well.")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail with exit code 6 below this share, in [0, 1].")
+    ] = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a trained network, and how well it learnt from its teacher."""
+    from cakd_cli.commands import evaluate as command
+    from cakd_cli.console import Console
+
+    command.run(
+        run,
+        data=data,
+        data_root=data_root,
+        split=split.value,
+        teacher=teacher,
+        min_top1=min_top1,
+        device=device,
+        batch_size=batch_size,
+        console=Console(json_mode=json, quiet=quiet, verbose=verbose),
+    )
+
+
+@app.command()
+def export(
+    run: Run,
+    format: Annotated[ExportFormat, typer.Option(help="Kind of file.")],  # noqa: A002 - the flag's name
+    out: Annotated[str | None, typer.Option(help="File or folder to write; by default inside RUN.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a trained network as a file that runs elsewhere, checked against the original."""
+    from cakd_cli.commands import export as command
+    from cakd_cli.console import Console
+
+    command.run(
+        run, format=format.value, out=out, console=Console(json_mode=json, quiet=quiet, verbose=verbose)
+    )
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Catalogue, typer.Argument(help="What to list.")],
+    json: Json = False,
+) -> None:
+    """List the models, losses or data that a recipe can name."""
+    from cakd_cli.commands import catalogue
+    from cakd_cli.console import Console
+
+    catalogue.run(what.value, console=Console(json_mode=json))
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Describe this machine, for a bug report."""
+    from cakd_cli.commands import env as command
+    from cakd_cli.console import Console
+
+    command.run(console=Console(json_mode=json))
+
+
+@recipes_app.command("list")
+def recipes_list(json: Json = False) -> None:
+    """List the recipes and what each is for."""
+    from cakd_cli.commands import recipes
+    from cakd_cli.console import Console
+
+    recipes.list_all(console=Console(json_mode=json))
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="As listed.")]) -> None:
+    """Print a recipe."""
+    from cakd_cli.commands import recipes
+
+    recipes.show(name)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As listed.")],
+    path: Annotated[str | None, typer.Argument(metavar="[PATH]", help="Where to; here by default.")] = None,
+) -> None:
+    """Copy a recipe, to change it."""
+    from cakd_cli.commands import recipes
+
+    recipes.copy(name, path)
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure becomes one message and its exit code."""
+    json_mode = "--json" in sys.argv
+    try:
+        app()
+        code = int(ExitCode.OK)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(ExitCode.INTERNAL)
+        if json_mode and code == ExitCode.USAGE:
+            typer.echo('{"error": {"code": "usage", "message": "see stderr", "hint": "cakd --help"}}')
+    except CakdError as error:
+        code = _report(error, json_mode)
+    except KeyboardInterrupt:
+        code = int(ExitCode.INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("CAKD_DEBUG"):
+            raise
+        code = _report(_translate(error), json_mode)
+    sys.exit(code)
+
+
+def _report(error: CakdError, json_mode: bool) -> int:
+    from cakd_cli.console import show_error
+
+    if os.environ.get("CAKD_DEBUG"):
+        raise error
+    show_error(error, json_mode=json_mode)
+    return int(error.exit_code)
+
+
+def _translate(error: Exception) -> CakdError:
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        hint = "make room, then run again with --resume" if error.errno == errno.ENOSPC else None
+        return InputError(f"{error.strerror or error}{place}", hint=hint)
+    return CakdError(
+        f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""cakd env."""
+
+import platform
+
+import torch
+
+from cakd_cli.console import Console
+from cakd_cli.data.torchvision_sets import default_root
+from cakd_cli.engine import hardware, training
+from cakd_cli.recipe.schema import EngineOptions
+
+
+def run(*, console: Console) -> None:
+    """Say what a bug report needs."""
+    machine = hardware.choose(EngineOptions())
+    facts = {
+        **training.versions(),
+        "platform": platform.platform(),
+        "device": str(machine.device),
+        "device_name": hardware.describe(machine.device),
+        "devices": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
+        "precision": f"{machine.precision} ({machine.reasons['engine.precision']})",
+        "data_folder": str(default_root()),
+    }
+    console.result(facts, lambda stdout: [stdout.print(f"{key}: {value}", markup=False) for key, value in facts.items()])

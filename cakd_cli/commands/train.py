@@ -1,0 +1,88 @@
+"""cakd train-teacher and cakd distill."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+
+from cakd_cli.console import Console
+from cakd_cli.engine import run_directory, training
+from cakd_cli.errors import RecipeError
+from cakd_cli.recipe import strict_yaml
+from cakd_cli.recipe.resolve import resolve
+from cakd_cli.recipe.schema import Recipe
+from cakd_cli.report import tables
+
+
+def run(
+    words: list[str],
+    flags: Mapping[str, Any],
+    *,
+    distil: bool,
+    out: str | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    console: Console,
+) -> None:
+    """Resolve the recipe and run it, or say what it would do."""
+    facts = train(
+        words, flags, distil=distil, out=out, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console
+    )
+    if dry_run:
+        console.result(facts, lambda stdout: tables.show_plan(stdout, facts))
+    else:
+        console.result(facts, lambda stdout: _show(stdout, facts))
+
+
+def train(
+    words: list[str],
+    flags: Mapping[str, Any],
+    *,
+    distil: bool,
+    out: str | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Do it, and return what run.json holds (or the plan) with the run's path.
+
+    Raises:
+        CakdError: If anything is missing, does not fit, diverges or is stopped.
+    """
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other", hint="choose one")
+    saved = Path(out) / "recipe.yaml" if out else None
+    if resume and saved is not None and saved.is_file() and all("=" in word for word in words):
+        words = [str(saved), *words]
+    recipe = resolve(words, flags, defaults={"loss": "cakd"} if distil else None)
+    if not distil and recipe.needs_teacher:
+        raise RecipeError("train-teacher learns from labels alone, but the loss compares with a teacher", hint="cakd distill")
+    path = Path(out) if out else _default_out(recipe, distil=distil)
+    if not dry_run:
+        run_directory.check_free(path, resume=resume, overwrite=overwrite)
+    prepared = training.prepare(recipe)
+    console.detail(strict_yaml.dump(prepared.recipe.model_dump(mode="json")))
+    if recipe.teacher is not None and not recipe.needs_teacher:
+        console.note("the teacher is not asked: no term of the loss needs it")
+    if dry_run:
+        return training.plan(prepared) | {"out": str(path)}
+    facts = training.run(prepared, path, resume=resume, overwrite=overwrite, progress=console)
+    return facts | {"out": str(path)}
+
+
+def _default_out(recipe: Recipe, *, distil: bool) -> Path:
+    role = next((term.type for term in recipe.loss if term.needs_teacher), "alone") if distil else "teacher"  # type: ignore[attr-defined]
+    name = "-".join([recipe.data.label, recipe.model.label, role, f"seed{recipe.seed}"])
+    return Path("runs") / name.replace(":", "-").replace("/", "-")
+
+
+def _show(stdout: RichConsole, facts: Mapping[str, Any]) -> None:
+    figures = facts["metrics"]["test"]
+    stdout.print(
+        f"{facts['model']['name']}: test top-1 {figures['top1']:.2%}, ECE {figures['ece']:.3f}, "
+        f"{facts['model']['parameters']:,} parameters, in {facts['out']}",
+        markup=False,
+    )

@@ -1,0 +1,117 @@
+"""What reaches the user: results on stdout, everything else on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cakd_cli.errors import CakdError
+
+
+class Console:
+    """One command's output: for people, as JSON, or quiet.
+
+    Args:
+        json_mode: One JSON document on stdout and nothing on stderr but errors.
+        quiet: Results and errors only.
+        verbose: More lines on stderr.
+    """
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet or json_mode
+        self.verbose = verbose and not self.quiet
+        self.stdout = RichConsole(highlight=False, soft_wrap=True)
+        self.stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._epochs = 0
+        self._steps_per_epoch = 0
+        self._started = 0.0
+        self._done_epochs = 0
+
+    def result(self, document: Any, show: Callable[[RichConsole], None]) -> None:
+        """Give the command's result: the document as JSON, or what ``show`` prints."""
+        if self.json_mode:
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        else:
+            show(self.stdout)
+
+    def note(self, text: str) -> None:
+        """Say one line on stderr."""
+        if not self.quiet:
+            (self._bar.console if self._bar else self.stderr).print(text, style="dim", markup=False)
+
+    def detail(self, text: str) -> None:
+        """Say what only --verbose wants."""
+        if self.verbose:
+            self.note(text)
+
+    def start(self, *, epochs: int, steps_per_epoch: int, batch_size: int, done_epochs: int, title: str) -> None:
+        """Training begins."""
+        self._epochs, self._steps_per_epoch, self._done_epochs = epochs, steps_per_epoch, done_epochs
+        self._started = time.monotonic()
+        if self.quiet or not self.stderr.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.stderr,
+            refresh_per_second=4,
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=epochs * steps_per_epoch, status="")
+        self._bar.update(self._task, completed=done_epochs * steps_per_epoch)
+        self._bar.start()
+
+    def step(self, *, epoch: int, step: int, images_per_second: float, parts: Mapping[str, float]) -> None:
+        """A logging interval has passed."""
+        if self._bar is not None and self._task is not None:
+            status = f"loss {parts['loss']:.3f}  {images_per_second:,.0f} images/s"
+            self._bar.update(self._task, completed=epoch * self._steps_per_epoch + step, status=status)
+
+    def epoch(self, line: Mapping[str, Any]) -> None:
+        """An epoch has ended."""
+        done = line["epoch"] - self._done_epochs
+        left = (time.monotonic() - self._started) / done * (self._epochs - line["epoch"])
+        train = line["train"]
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in train.items() if name not in ("loss", "top1"))
+        text = f"epoch {line['epoch']}/{self._epochs}  loss {train['loss']:.3f} ({parts})"
+        if "validation" in line:
+            text += f"  held-out top-1 {line['validation']['top1']:.1%}"
+        text += f"  {line['images_per_second']:,.0f} images/s  {_duration(left)} left"
+        if self._bar is not None and self._task is not None:
+            status = f"loss {train['loss']:.3f}  {line['images_per_second']:,.0f} images/s"
+            self._bar.update(self._task, completed=line["epoch"] * self._steps_per_epoch, status=status)
+        self.note(text)
+
+    def end(self) -> None:
+        """Training has ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def show_error(error: CakdError, *, json_mode: bool) -> None:
+    """Say what went wrong and what to do, on stderr; in JSON mode on stdout as well."""
+    stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print("error:", style="bold red", end=" ")
+    stderr.print(error.message, markup=False)
+    if error.hint:
+        stderr.print("\nhint:", style="bold cyan", end=" ")
+        stderr.print(error.hint, markup=False)
+    if json_mode:
+        content = {"code": error.code, "message": error.message, "hint": error.hint}
+        sys.stdout.write(json.dumps({"error": content}, ensure_ascii=False) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

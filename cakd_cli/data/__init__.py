@@ -1,0 +1,25 @@
+"""What networks look at: embedded, in-memory and folder data, and augmentation."""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split
+from cakd_cli.data.folder import FolderSpec
+from cakd_cli.data.memory import MemorySplit
+from cakd_cli.data.tensors import DigitsSpec, TensorsSpec
+from cakd_cli.data.torchvision_sets import CifarSpec, FashionMnistSpec
+
+DataOptions = Annotated[
+    DigitsSpec | CifarSpec | FashionMnistSpec | TensorsSpec | FolderSpec, Field(discriminator="type")
+]
+
+SPECS: tuple[type[DataSpec], ...] = (DigitsSpec, CifarSpec, FashionMnistSpec, TensorsSpec, FolderSpec)
+
+
+def names() -> dict[str, type[DataSpec]]:
+    """Every ``type`` that a recipe's ``data:`` may have, and its options class."""
+    return {name: spec for spec in SPECS for name in get_args(spec.model_fields["type"].annotation)}
+
+
+__all__ = ["SPECS", "Batch", "DataOptions", "DataSpec", "ImageDataSet", "MemorySplit", "Split", "names"]

@@ -1,0 +1,134 @@
+"""What every data set shares: its place in a recipe, its splits and its batches.
+
+Shape suffixes: B batch, N samples of a split, C channels, H and W height and width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Batch(NamedTuple):
+    """Images and labels on one device.
+
+    Attributes:
+        images: uint8, (batch, channels, height, width), not normalised: each network has its own normalisation.
+        labels: Class indices, (batch,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+class Split(ABC):
+    """One part of a data set."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the samples."""
+
+    @abstractmethod
+    def train_batches(
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on.
+
+        Order and augmentation are functions of (seed, epoch, sample) alone: a resumed epoch goes on as it would have.
+        """
+
+    @abstractmethod
+    def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield every sample once, in order, without augmentation."""
+
+    @abstractmethod
+    def subset(self, indices_N: Tensor) -> "Split":
+        """Return the split of the samples at these positions."""
+
+
+@dataclass(frozen=True)
+class ImageDataSet:
+    """Everything that a run needs to know of its data.
+
+    Attributes:
+        name: As a person would say it.
+        train: Training samples without those held out.
+        validation: Held-out samples, or none.
+        test: Samples that only the end of a run looks at.
+        class_names: One name a class, in label order.
+        channels: Channels of an image.
+        image_size: Height and width of an image as a network sees it, in pixels.
+        mean: Mean of each channel over training images, pixels in [0, 1].
+        std: Standard deviation likewise.
+        fingerprint: Hash of the data's content; equal only for equal data.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """Count the classes."""
+        return len(self.class_names)
+
+
+class DataSpec(BaseModel):
+    """A data set by name, and how it is split and augmented."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    # The field that `NAME:VALUE` on the command line fills.
+    shorthand: ClassVar[str | None] = None
+
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of each training class held out to choose the best epoch"
+    )
+    split_seed: int = Field(0, ge=0, description="seed of the held-out share; the same for teacher and students")
+
+    def load(self) -> ImageDataSet:
+        """Read the data.
+
+        Raises:
+            InputError: If it is missing, damaged or cannot be understood.
+        """
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """What a person calls this data."""
+        raise NotImplementedError
+
+
+def hold_out(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose which training samples to keep and which to hold out, the same share of every class.
+
+    Args:
+        labels_N: Class indices on the CPU.
+        fraction: Share to hold out, in [0, 1); at least one sample of every class stays in training.
+        seed: The choice is a function of the labels and this number.
+
+    Returns:
+        Positions to keep and positions to hold out, both ascending.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in labels_N.unique():
+        positions = (labels_N == label).nonzero().squeeze(1)
+        count = min(round(len(positions) * fraction), len(positions) - 1)
+        held_N[positions[torch.randperm(len(positions), generator=generator)[:count]]] = True
+    return (~held_N).nonzero().squeeze(1), held_N.nonzero().squeeze(1)

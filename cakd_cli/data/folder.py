@@ -1,0 +1,207 @@
+"""A folder of images with a folder a class: decoded and cropped in worker processes.
+
+Shape suffixes: B batch, N samples.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cakd_cli.data.augmentation import epoch_key, sample_seed
+from cakd_cli.data.base import IMAGENET_MEAN, IMAGENET_STD, Batch, DataSpec, ImageDataSet, Split, hold_out
+from cakd_cli.errors import InputError
+
+# The epoch with which a sample is asked for when it is not to be augmented.
+_NO_EPOCH = -1
+
+
+class _Images(Dataset[Any]):
+    """Decodes one file at a time; runs in the workers.
+
+    An unreadable file comes back as a sentence, because an exception would arrive with the worker's traceback.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], seed: int, spec: "FolderSpec") -> None:
+        from torchvision.transforms import v2
+
+        self.samples = samples
+        self.seed = seed
+        self.augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(spec.image_size, scale=(spec.min_crop_area, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(0.5 if spec.horizontal_flip else 0.0),
+                v2.PILToTensor(),
+            ]
+        )
+        self.plain = v2.Compose(
+            [
+                v2.Resize(round(spec.image_size / spec.test_crop), antialias=True),
+                v2.CenterCrop(spec.image_size),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        from PIL import Image
+
+        epoch, index = key
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"{path}: cannot be read as an image: {error}"
+        if epoch == _NO_EPOCH:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sample_seed(self.seed, epoch, index))
+            return self.augment(image), label
+
+
+def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+class FolderSplit(Split):
+    """Files and their labels; nothing is decoded before it is asked for."""
+
+    def __init__(self, samples: list[tuple[str, int]], spec: "FolderSpec", index_N: Tensor) -> None:
+        self._samples = samples
+        self._spec = spec
+        self._index_N = index_N
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self._index_N)
+
+    def subset(self, indices_N: Tensor) -> "FolderSplit":
+        """Return the split of the samples at these positions."""
+        return FolderSplit(self._samples, self._spec, self._index_N[indices_N])
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        generator = torch.Generator().manual_seed(epoch_key(seed, epoch))
+        order = self._index_N[torch.randperm(len(self), generator=generator)]
+        full = len(self) // batch_size * batch_size
+        chunks = order[start * batch_size : full].split(batch_size)
+        yield from self._load(seed, [[(epoch, index) for index in chunk.tolist()] for chunk in chunks], device)
+
+    def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield every sample once, in order, without augmentation."""
+        chunks = self._index_N.split(batch_size)
+        yield from self._load(0, [[(_NO_EPOCH, index) for index in chunk.tolist()] for chunk in chunks], device)
+
+    def _load(self, seed: int, batches: list[list[tuple[int, int]]], device: torch.device) -> Iterator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            _Images(self._samples, seed, self._spec),
+            batch_sampler=batches,
+            num_workers=min(self._spec.workers, len(batches)),
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            # Its own generator: drawing from the global one would change what a resumed run sees.
+            generator=torch.Generator(),
+        )
+        for content in loader:
+            if isinstance(content, str):
+                raise InputError(content, hint="replace or remove the file")
+            images, labels = content
+            yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+
+
+class FolderSpec(DataSpec):
+    """A folder with train/ and val/ or test/, each with a folder a class: folder:PATH."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    type: Literal["folder"] = "folder"
+    path: str = Field(description="folder with train/ and val/ or test/")
+    image_size: int = Field(224, ge=8, le=1024, description="height and width that networks see, in pixels")
+    min_crop_area: float = Field(0.25, gt=0, le=1, description="least share of an image in a training crop")
+    test_crop: float = Field(0.875, gt=0, le=1, description="share of the shorter side kept by the middle crop")
+    horizontal_flip: bool = Field(True, description="mirror half of the training images left to right")
+    workers: int = Field(
+        default_factory=lambda: min(8, os.cpu_count() or 1), ge=0, le=256, description="processes that decode images"
+    )
+
+    def load(self) -> ImageDataSet:
+        """List the files; images are decoded when they are asked for."""
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise InputError(f"no such folder of images: {root}")
+        held = [part for part in ("val", "test") if (root / part).is_dir()]
+        if not (root / "train").is_dir() or not held:
+            raise InputError(
+                f"{root}: needs train/ and val/ or test/, has {', '.join(sorted(_folders(root))) or 'no folder'}",
+                hint="put the images in train/CLASS/ and test/CLASS/",
+            )
+        classes = sorted(_folders(root / "train"))
+        for part in held:
+            _check_classes(classes, sorted(_folders(root / part)), root, part)
+        files = {part: _list(root / part) for part in ("train", *held)}
+
+        splits = {part: FolderSplit(listed, self, torch.arange(len(listed))) for part, listed in files.items()}
+        train, validation = splits["train"], splits["val"] if len(held) == 2 else None
+        if validation is None:
+            keep, out = hold_out(
+                torch.tensor([label for _, label in files["train"]]), self.validation_fraction, self.split_seed
+            )
+            train, validation = splits["train"].subset(keep), splits["train"].subset(out) if len(out) else None
+        return ImageDataSet(
+            name=self.label,
+            train=train,
+            validation=validation,
+            test=splits[held[-1]],
+            class_names=tuple(classes),
+            channels=3,
+            image_size=(self.image_size, self.image_size),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            fingerprint=_fingerprint(root, files),
+        )
+
+    @property
+    def label(self) -> str:
+        """What a person calls this data."""
+        return Path(self.path).expanduser().resolve().name
+
+
+def _folders(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def _check_classes(train: list[str], other: list[str], root: Path, part: str) -> None:
+    extra, missing = sorted(set(other) - set(train)), sorted(set(train) - set(other))
+    if extra or missing:
+        wrong = [f"only in {part}/: {', '.join(extra[:5])}"] if extra else []
+        wrong += [f"only in train/: {', '.join(missing[:5])}"] if missing else []
+        raise InputError(f"{root}: train/ and {part}/ have different classes; {'; '.join(wrong)}")
+
+
+def _list(path: Path) -> list[tuple[str, int]]:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return list(ImageFolder(path).samples)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _fingerprint(root: Path, files: dict[str, list[tuple[str, int]]]) -> str:
+    digest = hashlib.sha256()
+    for part in files.values():
+        for path, _ in part:
+            digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,180 @@
+"""Data sets that fit in memory: uint8 on the device, augmented there a whole batch at a time.
+
+Shape suffixes: B batch, N samples, C channels, H and W height and width.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from cakd_cli.data.augmentation import draw_views, epoch_key, take_views
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, hold_out
+from cakd_cli.errors import InputError
+
+
+class MemorySplit(Split):
+    """Images and labels as tensors.
+
+    Args:
+        images_NCHW: uint8.
+        labels_N: Class indices.
+        number_N: The sample's number in its file, which names its views.
+        padding: Pixels of padding before a random crop; 0 = no crop.
+        flip: Whether training images may be mirrored.
+    """
+
+    def __init__(
+        self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor, *, padding: int, flip: bool
+    ) -> None:
+        self.images_NCHW = images_NCHW
+        self.labels_N = labels_N
+        self.number_N = number_N
+        self.padding = padding
+        self.flip = flip
+        self._padded_NHWC: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.labels_N)
+
+    def to(self, device: torch.device) -> "MemorySplit":
+        """Return the split with its data on a device, so that batches need no transfer."""
+        images, labels, numbers = (x.to(device) for x in (self.images_NCHW, self.labels_N, self.number_N))
+        return MemorySplit(images, labels, numbers, padding=self.padding, flip=self.flip)
+
+    def num_bytes(self) -> int:
+        """Memory that training on this split takes, in bytes: the images, and their padded copy."""
+        channels, height, width = self.images_NCHW.shape[1:]
+        padded = channels * (height + 2 * self.padding) * (width + 2 * self.padding)
+        return self.images_NCHW.nbytes + len(self) * padded
+
+    def subset(self, indices_N: Tensor) -> "MemorySplit":
+        """Return the split of the samples at these positions."""
+        indices_N = indices_N.to(self.labels_N.device)
+        parts = (x[indices_N] for x in (self.images_NCHW, self.labels_N, self.number_N))
+        return MemorySplit(*parts, padding=self.padding, flip=self.flip)
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        if self._padded_NHWC is None:
+            padded = functional.pad(self.images_NCHW, [self.padding] * 4)
+            self._padded_NHWC = padded.permute(0, 2, 3, 1).contiguous()
+        home = self.labels_N.device
+        # Drawn on the CPU so that every device sees one order; one transfer an epoch.
+        order_N = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch_key(seed, epoch))).to(home)
+        view_N = draw_views(self.number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
+        for batch in range(start, len(self) // batch_size):
+            position_B = order_N[batch * batch_size : (batch + 1) * batch_size]
+            images = take_views(
+                self._padded_NHWC, position_B, view_N[position_B], padding=self.padding, flip=self.flip
+            )
+            yield Batch(images.to(device, non_blocking=True), self.labels_N[position_B].to(device, non_blocking=True))
+
+    def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield every sample once, in order, without augmentation."""
+        for images, labels in zip(self.images_NCHW.split(batch_size), self.labels_N.split(batch_size), strict=True):
+            yield Batch(images.to(device), labels.to(device))
+
+
+class MemoryDataSpec(DataSpec):
+    """Settings of data that fits in memory."""
+
+    crop_padding: int = Field(0, ge=0, le=16, description="pixels added on each side before a random crop; 0 = none")
+    horizontal_flip: bool = Field(False, description="mirror half of the training images left to right")
+
+
+def memory_data_set(
+    spec: MemoryDataSpec,
+    *,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: Sequence[str],
+    source: str,
+) -> ImageDataSet:
+    """Check tensors, hold out the validation split and measure the normalisation.
+
+    Args:
+        spec: The recipe's settings.
+        train: uint8 images (samples, channels, height, width) and class indices.
+        test: Likewise.
+        class_names: One name a class.
+        source: What to call the data in an error.
+
+    Raises:
+        InputError: If shapes, types or labels do not fit.
+    """
+    for part, (images, labels) in (("train", train), ("test", test)):
+        _check(images, labels, len(class_names), f"{source}: {part}")
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise InputError(
+            f"{source}: train images are {tuple(train[0].shape[1:])}, test images {tuple(test[0].shape[1:])}",
+            hint="both must have one (channels, height, width)",
+        )
+    splits = [
+        MemorySplit(images, labels.long(), torch.arange(len(labels)), padding=padding, flip=flip)
+        for (images, labels), padding, flip in (
+            (train, spec.crop_padding, spec.horizontal_flip),
+            (test, 0, False),
+        )
+    ]
+    keep, held = hold_out(splits[0].labels_N, spec.validation_fraction, spec.split_seed)
+    mean, std = _channel_statistics(train[0])
+    return ImageDataSet(
+        name=spec.label,
+        train=splits[0].subset(keep),
+        validation=splits[0].subset(held) if len(held) else None,
+        test=splits[1],
+        class_names=tuple(class_names),
+        channels=train[0].shape[1],
+        image_size=(train[0].shape[2], train[0].shape[3]),
+        mean=mean,
+        std=std,
+        fingerprint=_fingerprint(*train, *test),
+    )
+
+
+def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+        raise InputError(
+            f"{source} images are {tuple(images.shape)} of {str(images.dtype).removeprefix('torch.')}",
+            hint="they must be uint8 of shape (samples, channels, height, width)",
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise InputError(
+            f"{source} labels are {tuple(labels.shape)} of {str(labels.dtype).removeprefix('torch.')} "
+            f"for {len(images)} images",
+            hint="they must be one integer an image",
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"{source} labels run from {labels.min()} to {labels.max()}, but there are {num_classes} classes",
+            hint=f"labels must be 0 to {num_classes - 1}",
+        )
+
+
+def _channel_statistics(images_NCHW: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation of each channel, of pixels in [0, 1]."""
+    means, stds = [], []
+    values = torch.arange(256, dtype=torch.float64) / 255
+    for channel in images_NCHW.unbind(1):
+        share = channel.flatten().bincount(minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        # A constant channel has no spread to divide by.
+        std = (share * (values - mean).square()).sum().sqrt().clamp(min=1 / 255)
+        means.append(round(mean.item(), 6))
+        stds.append(round(std.item(), 6))
+    return tuple(means), tuple(stds)
+
+
+def _fingerprint(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""How a run runs: one loop for train-teacher and distill alike."""

@@ -1,0 +1,280 @@
+"""The training loop: epochs, steps, logging, stopping.
+
+Nothing in a step waits for the device. Sums of the loss and its parts, and the watch for values that are not
+finite, stay there until a logging interval ends.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cakd_cli.data import ImageDataSet
+from cakd_cli.engine.progress import Progress
+from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
+from cakd_cli.engine.schedule import learning_rate
+from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.engine.task import Task
+from cakd_cli.errors import DivergedError, StoppedError
+from cakd_cli.evaluation import metrics
+from cakd_cli.evaluation.predict import predict
+from cakd_cli.recipe.schema import AdamWOptions, Recipe, SGDOptions
+
+
+class _Guard:
+    """Keeps the optimizer from using values that are not finite, without waiting for the device.
+
+    Fused optimizers skip their step while ``found_inf`` is 1, which is how gradient scalers use them. Once raised it
+    stays, so the weights remain those of the last good step until the host looks.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.raised = torch.zeros((), device=device)
+        self.first_bad_step = torch.full((), -1.0, device=device)
+        optimizer.found_inf = self.raised  # type: ignore[attr-defined]
+
+    def look(self, loss: Tensor, parameters: list[nn.Parameter], step: int) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = ~(loss.detach().isfinite() & norm.isfinite())
+        self.first_bad_step.copy_(torch.where(bad & (self.raised == 0), float(step), self.first_bad_step))
+        self.raised.copy_(torch.maximum(self.raised, bad.float()))
+
+
+class Trainer:
+    """Everything that changes while a run runs, and how to save and restore it."""
+
+    def __init__(
+        self, task: Task, data: ImageDataSet, recipe: Recipe, run: RunDirectory, progress: Progress, stop: StopRequest
+    ) -> None:
+        self.task = task
+        self.data = data
+        self.recipe = recipe
+        self.run = run
+        self.progress = progress
+        self.stop = stop
+        self.hardware = task.hardware
+        self.parameters = list(task.student.parameters())
+        self.optimizer = make_optimizer(recipe.optimizer, self.parameters)
+        self.average: AveragedModel | None = None
+        if recipe.engine.ema_decay:
+            self.average = AveragedModel(
+                task.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.engine.ema_decay), use_buffers=True
+            )
+        self.guard = _Guard(self.optimizer, self.hardware.device)
+        self.steps_per_epoch = len(data.train) // recipe.engine.batch_size
+        self.epoch = 0  # epochs completed
+        self.step = 0  # steps completed in the epoch under way
+        self.part_names: list[str] = []
+        self.sums: Tensor | None = None
+        self.best: dict[str, Any] | None = None
+        self.best_state: dict[str, Tensor] = {}
+        self._saved_at = time.monotonic()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is validated and saved: the average where there is one."""
+        return self.average.module if self.average is not None else self.task.student
+
+    def fit(self) -> None:
+        """Train to the last epoch; the best network on the validation split is then in ``best_state``.
+
+        Raises:
+            DivergedError: If a loss or gradient is not finite; no weight has been touched by it.
+            StoppedError: If a signal asked for it; a checkpoint has been saved.
+        """
+        while self.epoch < self.recipe.engine.epochs:
+            line = self._train_epoch() | self._validate()
+            self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+            self.run.append_metrics(line)
+            self.progress.epoch(line)
+            self._save_if_due(last=self.epoch == self.recipe.engine.epochs)
+            self._stop_if_asked()
+        if not self.best_state:
+            self.best_state = _copy(self.network.state_dict())
+
+    def _train_epoch(self) -> dict[str, Any]:
+        engine = self.recipe.engine
+        self.task.student.train()
+        batches = self.data.train.train_batches(
+            batch_size=engine.batch_size,
+            seed=self.recipe.seed,
+            epoch=self.epoch,
+            start=self.step,
+            device=self.hardware.device,
+        )
+        started, first_step, rate = time.perf_counter(), self.step, 0.0
+        for batch in batches:
+            rate = self._set_learning_rate()
+            for micro in zip(*(part.chunk(engine.gradient_accumulation) for part in batch), strict=True):
+                total, parts = self.task.loss(type(batch)(*micro), self.epoch + 1)
+                (total / engine.gradient_accumulation).backward()
+                self._add(parts)
+            # A bad loss in any part of the batch shows in the gradients, which are summed over the parts.
+            self.guard.look(total, self.parameters, self.epoch * self.steps_per_epoch + self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update_parameters(self.task.student)
+            self.step += 1
+            if self.step % engine.log_interval == 0 and self.step < self.steps_per_epoch:
+                means = self._means()
+                seconds = time.perf_counter() - started
+                images_per_second = (self.step - first_step) * engine.batch_size / seconds
+                self.progress.step(
+                    epoch=self.epoch, step=self.step, images_per_second=images_per_second, parts=means
+                )
+                self._save_if_due()
+            if self.step < self.steps_per_epoch:
+                self._stop_if_asked()
+        means = self._means()
+        seconds = time.perf_counter() - started
+        return {
+            "epoch": self.epoch + 1,
+            "step": (self.epoch + 1) * self.steps_per_epoch,
+            "learning_rate": rate,
+            "seconds": round(seconds, 3),
+            "images_per_second": round((self.step - first_step) * engine.batch_size / seconds, 1),
+            "train": means,
+        }
+
+    def _set_learning_rate(self) -> float:
+        rate = learning_rate(
+            self.recipe.schedule,
+            self.recipe.optimizer.learning_rate,
+            step=self.epoch * self.steps_per_epoch + self.step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.recipe.engine.epochs,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _add(self, parts: Mapping[str, Tensor]) -> None:
+        values = torch.stack(list(parts.values()))
+        if self.sums is None:
+            self.part_names = list(parts)
+            self.sums = torch.zeros_like(values)
+        self.sums += values
+
+    def _means(self) -> dict[str, float]:
+        """Mean of each part over the epoch so far. The one place where the host waits for the device."""
+        assert self.sums is not None
+        *sums, raised, first_bad = torch.cat(
+            [self.sums, torch.stack([self.guard.raised, self.guard.first_bad_step])]
+        ).tolist()
+        if raised:
+            where = f"step {int(first_bad)} (epoch {int(first_bad) // self.steps_per_epoch + 1})"
+            raise DivergedError(
+                f"the loss or a gradient is not finite at {where}; the weights were left as they were before it",
+                hint="lower optimizer.learning_rate, or set schedule.warmup_epochs",
+            )
+        count = self.step * self.recipe.engine.gradient_accumulation
+        return {name: value / count for name, value in zip(self.part_names, sums, strict=True)}
+
+    def _validate(self) -> dict[str, Any]:
+        if self.data.validation is None:
+            return {}
+        logits, labels = predict(
+            self.network,
+            self.data.validation,
+            self.task.normalisation,
+            self.hardware,
+            batch_size=self.recipe.engine.evaluation_batch_size,
+        )
+        figures = metrics.brief(logits, labels)
+        if metrics.is_better(figures, self.best):
+            self.best = {"epoch": self.epoch + 1, **figures}
+            self.best_state = _copy(self.network.state_dict())
+        return {"validation": figures}
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.signal_name is None or self.epoch == self.recipe.engine.epochs:
+            return
+        self._means()  # a checkpoint of a diverged run would be of no use
+        self._save()
+        raise StoppedError(
+            f"stopped by {self.stop.signal_name} after epoch {self.epoch}, step {self.step}; checkpoint saved",
+            hint=f"continue with the same command and --resume, or: --resume --out {self.run.path}",
+        )
+
+    def _save_if_due(self, *, last: bool = False) -> None:
+        if last or time.monotonic() - self._saved_at >= self.recipe.engine.checkpoint_seconds:
+            self._save()
+
+    def _save(self) -> None:
+        training = {f"optimizer.{key}": tensor for key, tensor in _flat_state(self.optimizer).items()}
+        if self.average is not None:
+            training |= {f"average.{key}": tensor for key, tensor in self.average.state_dict().items()}
+        training["random.cpu"] = torch.get_rng_state()
+        if self.hardware.device.type == "cuda":
+            training["random.cuda"] = torch.cuda.get_rng_state(self.hardware.device)
+        if self.sums is not None:
+            training["sums"] = self.sums
+        state = {"epoch": self.epoch, "step": self.step, "part_names": self.part_names, "best": self.best}
+        self.run.save_checkpoint(Checkpoint(self.task.student.state_dict(), training, self.best_state, state))
+        self._saved_at = time.monotonic()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a saved moment."""
+        self.task.student.load_state_dict(checkpoint.model)
+        tensors = checkpoint.training
+        _load_flat_state(self.optimizer, _under("optimizer.", tensors))
+        if self.average is not None:
+            self.average.load_state_dict(_under("average.", tensors))
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.hardware.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.hardware.device)
+        self.sums = tensors["sums"].to(self.hardware.device) if "sums" in tensors else None
+        self.epoch, self.step = checkpoint.state["epoch"], checkpoint.state["step"]
+        self.part_names, self.best = checkpoint.state["part_names"], checkpoint.state["best"]
+        self.best_state = checkpoint.best
+
+
+def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the recipe's optimizer in its fused form."""
+    if isinstance(options, SGDOptions):
+        return torch.optim.SGD(
+            parameters,
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            nesterov=options.nesterov and options.momentum > 0,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors of an optimizer by ``parameter number.name``; the optimizers here keep nothing else."""
+    return {
+        f"{number}.{name}": value
+        for number, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+        if value is not None
+    }
+
+
+def _load_flat_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

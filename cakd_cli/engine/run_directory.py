@@ -1,0 +1,205 @@
+"""Everything a run leaves on disk: atomic, resumable, without pickle.
+
+    recipe.yaml        the whole recipe, nothing automatic
+    run.json           command, versions, hardware, why it ended
+    metrics.jsonl      one line an epoch
+    checkpoints/       epoch-EEEEE-step-SSSSSS/: model, training and best .safetensors, state.json
+    model.safetensors  config.json  README.md      the finished network
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cakd_cli.engine.files import whole_folder, write_json, write_tensors, write_text
+from cakd_cli.errors import InputError, RecipeError
+from cakd_cli.recipe import strict_yaml
+from cakd_cli.recipe.schema import Recipe
+
+# Keys that may change between a run and its continuation: they do not change its result.
+_FREE_KEYS = ("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root")
+_OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "model.safetensors", "config.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved moment of a run.
+
+    Attributes:
+        model: State of the network.
+        training: Tensors of optimizer, average, random number generators and sums.
+        best: State of the best network so far; empty before the first validation.
+        state: Plain numbers.
+    """
+
+    model: dict[str, Tensor]
+    training: dict[str, Tensor]
+    best: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class RunDirectory:
+    """One run's folder, locked while it is open."""
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, *, overwrite: bool) -> "RunDirectory":
+        """Create or enter a folder that :func:`check_free` has approved, and lock it.
+
+        Raises:
+            InputError: If another process is using it.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise InputError(
+                f"{path} is in use by another cakd", hint="wait for it, or choose another folder with --out"
+            ) from error
+        if overwrite:
+            for name in _OWN_FILES:
+                (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self._lock.close()
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the recipe that this run follows."""
+        write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.model_dump(mode="json")))
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        write_json(self.path / "run.json", facts)
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one epoch's line."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read the whole lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        lines = []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break  # torn by a kill; nothing whole can follow
+        return lines
+
+    def keep_metrics(self, epochs: int) -> None:
+        """Drop the lines of epochs that a resumed run will live again."""
+        lines = [line for line in self.metrics() if line["epoch"] <= epochs]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Save a moment, then drop the older ones."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        target = folder / f"epoch-{checkpoint.state['epoch']:05d}-step-{checkpoint.state['step']:06d}"
+        if not target.exists():
+            with whole_folder(target) as temporary:
+                write_tensors(temporary / "model.safetensors", checkpoint.model)
+                write_tensors(temporary / "training.safetensors", checkpoint.training)
+                write_tensors(temporary / "best.safetensors", checkpoint.best)
+                write_json(temporary / "state.json", checkpoint.state)
+        for entry in folder.iterdir():
+            if entry != target:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def drop_checkpoints(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """Read the newest checkpoint; none if there is none yet.
+
+        Raises:
+            InputError: If its files are damaged.
+        """
+        found = sorted((self.path / "checkpoints").glob("epoch-*"))
+        if not found:
+            return None
+        try:
+            tensors = {name: load_file(found[-1] / f"{name}.safetensors") for name in ("model", "training", "best")}
+            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(
+                f"{found[-1]}: damaged checkpoint: {error}", hint="start again with --overwrite"
+            ) from error
+        return Checkpoint(**tensors, state=state)
+
+
+def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that a new run would spoil; creates nothing.
+
+    Raises:
+        InputError: If the folder holds something and neither flag says what to do with it.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file", hint="choose another folder with --out")
+    content = [entry.name for entry in path.iterdir() if entry.name != ".lock"] if path.is_dir() else []
+    is_run = "recipe.yaml" in content
+    if content and not is_run:
+        raise InputError(f"{path} holds files that are not a run's: {content[0]}", hint="choose an empty folder with --out")
+    if is_run and not (resume or overwrite):
+        raise InputError(f"{path} already holds a run", hint="continue it with --resume, or replace it with --overwrite")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read the recipe of an existing run.
+
+    Raises:
+        InputError: If it is missing or damaged.
+    """
+    from cakd_cli.recipe.resolve import resolve
+
+    file = path / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(f"{path} has no recipe.yaml", hint="it is not the directory of a run")
+    try:
+        return resolve([str(file)], {})
+    except RecipeError as error:
+        raise InputError(f"{file} does not fit this version of cakd: {error.message}") from error
+
+
+def check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
+    """Refuse to continue a run under other settings.
+
+    Raises:
+        RecipeError: With every setting that differs.
+    """
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)!r} in the run, {after.get(key)!r} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _FREE_KEYS
+    ]
+    if changed:
+        raise RecipeError(
+            "\n  ".join([f"{path} cannot be resumed with other settings:", *changed]),
+            hint=f"continue it as it was: --resume --out {path}; or start another run with another --out",
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}

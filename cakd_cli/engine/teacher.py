@@ -1,0 +1,147 @@
+"""The frozen teacher.
+
+Shape suffixes: B batch, C classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cakd_cli.data import ImageDataSet, Split
+from cakd_cli.engine import saved_model
+from cakd_cli.engine.hardware import Hardware
+from cakd_cli.errors import InputError, RecipeError
+from cakd_cli.evaluation import metrics
+from cakd_cli.evaluation.predict import Normalisation, predict
+from cakd_cli.models import ExternalSpec, ModelSpec, load_state, read_state
+from cakd_cli.recipe.schema import RunTeacher
+
+# Answers that differ this much, in top-1, from what the teacher's own run recorded mean that something does not fit.
+_TOLERANCE = 0.02
+# Enough to tell a working teacher from a broken one.
+_CHECKED_SAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network that only answers: eval mode, no gradients, its own normalisation.
+
+    Attributes:
+        model: The network, on the device.
+        normalisation: What it expects of images.
+        mean: Of its normalisation, to compare with the student's.
+        std: Likewise.
+        name: As a person would say it.
+        weights_hash: Identity of its weights.
+        facts: What its own run recorded; may be empty.
+    """
+
+    model: nn.Module
+    normalisation: Normalisation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+    weights_hash: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def answer(self, normalised: Tensor, hardware: Hardware) -> Tensor:
+        """Map normalised images to float32 logits (batch, classes)."""
+        with hardware.autocast():
+            return self.model(normalised).float()  # type: ignore[no-any-return]
+
+
+def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware) -> Teacher:
+    """Read a teacher and check that its classes are the data's.
+
+    Raises:
+        InputError: If its files are missing or damaged.
+        RecipeError: If its classes or channels are not the data's.
+    """
+    facts: Mapping[str, Any] = {}
+    mean, std = data.mean, data.std
+    if isinstance(spec, RunTeacher):
+        saved = saved_model.read(Path(spec.path).expanduser())
+        model, mean, std, facts = saved.model, saved.mean, saved.std, saved.facts
+        name = f"{saved.spec.label} of {spec.path}"
+        _check_classes(saved.class_names, data, spec.path)
+        if saved.channels != data.channels:
+            raise RecipeError(f"the teacher takes {saved.channels} channels, the images of {data.name} have {data.channels}")
+    else:
+        name = spec.label
+        if isinstance(spec, ExternalSpec) and spec.pretrained:
+            mean, std = spec.normalisation()
+        model = initial_model(spec, data)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    digest = saved_model.weights_hash(model.state_dict())
+    model = hardware.place(model).eval()
+    return Teacher(model, Normalisation(mean, std, hardware), mean, std, name, digest, facts)
+
+
+def initial_model(spec: ModelSpec, data: ImageDataSet) -> nn.Module:
+    """Make a network for the data: fresh, from a file, or from its library's published weights."""
+    sizes = {"in_channels": data.channels, "num_classes": data.num_classes}
+    if isinstance(spec, ExternalSpec) and spec.pretrained and spec.weights is None:
+        return spec.published(**sizes)
+    model = spec.build(**sizes)
+    if spec.weights is not None:
+        load_state(model, read_state(Path(spec.weights).expanduser()), source=spec.weights)
+    return model
+
+
+def _check_classes(names: tuple[str, ...], data: ImageDataSet, path: str) -> None:
+    if len(names) != data.num_classes:
+        raise RecipeError(
+            f"the teacher {path} knows {len(names)} classes, {data.name} has {data.num_classes}",
+            hint="train a teacher on this data: cakd train-teacher",
+        )
+    if names != data.class_names:
+        i = next(i for i, pair in enumerate(zip(names, data.class_names, strict=True)) if pair[0] != pair[1])
+        raise RecipeError(
+            f"the teacher {path} and {data.name} name their classes differently: "
+            f"class {i} is '{names[i]}' to the teacher, '{data.class_names[i]}' in the data",
+            hint="the logits must mean the same classes in the same order",
+        )
+
+
+def check_teacher(teacher: Teacher, data: ImageDataSet, hardware: Hardware, *, batch_size: int) -> dict[str, float]:
+    """Measure the teacher on held-out images before an hour is spent on it.
+
+    Returns:
+        Its top-1 and the number of samples it was measured on.
+
+    Raises:
+        InputError: If it answers near chance, or not as its own run recorded on the same data.
+    """
+    split: Split = data.validation or data.train
+    if len(split) > _CHECKED_SAMPLES:
+        split = split.subset(torch.linspace(0, len(split) - 1, _CHECKED_SAMPLES).round().long())
+    logits_NC, labels_N = predict(teacher.model, split, teacher.normalisation, hardware, batch_size=batch_size)
+    if logits_NC.shape[1] != data.num_classes:
+        raise RecipeError(
+            f"the teacher {teacher.name} answers {logits_NC.shape[1]} classes, {data.name} has {data.num_classes}"
+        )
+    top1 = metrics.brief(logits_NC, labels_N)["top1"]
+    where = "held-out" if data.validation else "training"
+    if metrics.near_chance(top1, data.num_classes):
+        raise InputError(
+            f"the teacher {teacher.name} is near chance: top-1 {top1:.1%} on {len(split)} {where} images "
+            f"of {data.num_classes} classes",
+            hint="check that it was trained on these classes, in this order, with this normalisation",
+        )
+    recorded = teacher.facts.get("metrics", {}).get("validation", {}).get("top1")
+    same = {"fingerprint": data.fingerprint, "validation": len(data.validation or ())}
+    known = {key: teacher.facts.get("data", {}).get(key) for key in same}
+    # On a part of the split the accuracy also varies by chance: three standard deviations of a share.
+    slack = _TOLERANCE + (3 * (top1 * (1 - top1) / len(split)) ** 0.5 if len(split) == _CHECKED_SAMPLES else 0)
+    if recorded is not None and known == same and abs(recorded - top1) > slack:
+        raise InputError(
+            f"the teacher {teacher.name} answers {top1:.1%} of {len(split)} held-out images, its run recorded {recorded:.1%}",
+            hint="its files or the data have changed since it was trained",
+        )
+    return {"top1": top1, "samples": len(split)}

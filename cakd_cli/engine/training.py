@@ -1,0 +1,303 @@
+"""A whole run, from a recipe to a finished folder; train-teacher and distill differ only in the recipe."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cakd_cli import __version__
+from cakd_cli.data import ImageDataSet, MemorySplit
+from cakd_cli.engine import hardware as hardware_module
+from cakd_cli.engine import run_directory, saved_model
+from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.loop import Trainer
+from cakd_cli.engine.progress import Progress
+from cakd_cli.engine.run_directory import RunDirectory
+from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.engine.task import Task
+from cakd_cli.engine.teacher import Teacher, check_teacher, initial_model, load_teacher
+from cakd_cli.errors import CakdError, HardwareError, RecipeError
+from cakd_cli.evaluation import cost, metrics
+from cakd_cli.evaluation.predict import Normalisation, predict
+from cakd_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with everything built and nothing begun."""
+
+    recipe: Recipe
+    data: ImageDataSet
+    hardware: Hardware
+    student: nn.Module
+    teacher: Teacher | None
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read the data, build the networks and settle what was automatic; writes nothing.
+
+    Raises:
+        CakdError: If anything is missing or does not fit.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HardwareError("several processes are not supported", hint="start one process, without torchrun")
+    machine = hardware_module.choose(recipe.engine)
+    data = recipe.data.load()
+    if len(data.train) < recipe.engine.batch_size:
+        raise RecipeError(
+            f"engine.batch_size is {recipe.engine.batch_size}, more than the {len(data.train)} training images "
+            f"of {data.name}",
+            hint="give a smaller --batch-size",
+        )
+    data = _place(data, machine)
+    torch.manual_seed(recipe.seed)
+    student = initial_model(recipe.model, data)
+    try:
+        with torch.inference_mode():
+            answer = student.eval()(torch.zeros(1, data.channels, *data.image_size))
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"{recipe.model.label} cannot take images of {data.channels} x {data.image_size[0]} x {data.image_size[1]}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(answer, torch.Tensor) or answer.shape != (1, data.num_classes):
+        raise RecipeError(f"{recipe.model.label} does not answer with one logit a class")
+    # After the probe, so that it draws no random numbers from the run.
+    torch.manual_seed(recipe.seed)
+    teacher = None
+    if recipe.teacher is not None and recipe.needs_teacher:
+        teacher = load_teacher(recipe.teacher, data, machine)
+    engine = recipe.engine.model_copy(update={"device": str(machine.device), "precision": machine.precision})
+    return Prepared(recipe.model_copy(update={"engine": engine}), data, machine, machine.place(student), teacher)
+
+
+def _place(data: ImageDataSet, machine: Hardware) -> ImageDataSet:
+    """Put the images on an accelerator if they take less than half of its free memory."""
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    in_memory = {name: split for name, split in parts.items() if isinstance(split, MemorySplit)}
+    free = hardware_module.free_bytes(machine.device)
+    if free is None or sum(split.num_bytes() for split in in_memory.values()) > free / 2:
+        return data
+    placed = {name: split.to(machine.device) for name, split in in_memory.items()}
+    return ImageDataSet(**{**vars(data), **placed})
+
+
+def plan(prepared: Prepared) -> dict[str, Any]:
+    """Say what a run would do, without doing it."""
+    recipe, data, machine = prepared.recipe, prepared.data, prepared.hardware
+    image_shape = (data.channels, *data.image_size)
+    steps = len(data.train) // recipe.engine.batch_size
+    student = {"name": recipe.model.label, **_size(prepared.student, image_shape)}
+    # Weights, gradients and the optimizer's one or two moments, all in float32.
+    moments = 2 if recipe.optimizer.type == "adamw" else 1
+    fixed = 4 * student["parameters"] * (2 + moments)
+    kept = cost.saved_bytes_per_image(prepared.student, image_shape) * recipe.engine.batch_size
+    kept = kept // recipe.engine.gradient_accumulation // (2 if machine.precision == "bf16" else 1)
+    result = {
+        "data": {
+            "name": data.name,
+            "classes": data.num_classes,
+            "image": list(image_shape),
+            "train": len(data.train),
+            "validation": len(data.validation) if data.validation else 0,
+            "test": len(data.test),
+        },
+        "student": student,
+        "teacher": None,
+        "loss": [term.model_dump(mode="json") for term in recipe.loss],
+        "epochs": recipe.engine.epochs,
+        "steps_per_epoch": steps,
+        "steps": steps * recipe.engine.epochs,
+        "training_memory_bytes": fixed + kept,
+        "device": str(machine.device),
+        "precision": machine.precision,
+        "chosen": machine.reasons,
+    }
+    if prepared.teacher is not None:
+        result["teacher"] = {"name": prepared.teacher.name, **_size(prepared.teacher.model, image_shape)}
+    return result
+
+
+def _size(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    return {"parameters": cost.num_parameters(model), "flops_per_image": cost.flops(model, image_shape)}
+
+
+def run(
+    prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
+    """Train, or go on training, and leave a finished folder.
+
+    Returns:
+        What run.json holds.
+
+    Raises:
+        CakdError: If the run cannot begin, diverges or is stopped.
+    """
+    recipe = prepared.recipe
+    run_directory.check_free(out, resume=resume, overwrite=overwrite)
+    if resume and (out / "recipe.yaml").is_file():
+        run_directory.check_same_recipe(run_directory.read_recipe(out), recipe, out)
+        finished = _finished_facts(out)
+        if finished is not None:
+            progress.note(f"{out} is already finished")
+            return finished
+    for key, reason in prepared.hardware.reasons.items():
+        progress.note(f"{key}: {_value(recipe, key)} ({reason})")
+    checked = None
+    if prepared.teacher is not None:
+        checked = check_teacher(
+            prepared.teacher, prepared.data, prepared.hardware, batch_size=recipe.engine.evaluation_batch_size
+        )
+        progress.note(
+            f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} images it may not have seen"
+            if prepared.data.validation
+            else f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} training images"
+        )
+    directory = RunDirectory.open(out, overwrite=overwrite)
+    try:
+        return _run_locked(prepared, directory, progress)
+    finally:
+        directory.close()
+
+
+def _run_locked(prepared: Prepared, directory: RunDirectory, progress: Progress) -> dict[str, Any]:
+    recipe, data = prepared.recipe, prepared.data
+    facts = _facts(prepared)
+    with StopRequest().listening() as stop, _memory_errors(recipe):
+        task = Task(prepared.student, prepared.teacher, recipe.loss, data, prepared.hardware)
+        trainer = Trainer(task, data, recipe, directory, progress, stop)
+        checkpoint = directory.latest_checkpoint()
+        if checkpoint is None:
+            directory.write_recipe(recipe)
+        else:
+            trainer.restore(checkpoint)
+            progress.note(f"resumed after epoch {trainer.epoch}, step {trainer.step}")
+        directory.keep_metrics(trainer.epoch)
+        directory.write_facts(facts | {"ended": "running"})
+        progress.start(
+            epochs=recipe.engine.epochs,
+            steps_per_epoch=trainer.steps_per_epoch,
+            batch_size=recipe.engine.batch_size,
+            done_epochs=trainer.epoch,
+            title=recipe.model.label,
+        )
+        try:
+            trainer.fit()
+        except CakdError as error:
+            directory.write_facts(facts | {"ended": error.code, "finished_at": _now()})
+            raise
+        finally:
+            progress.end()
+        return _finish(prepared, trainer, directory, facts)
+
+
+def _finish(prepared: Prepared, trainer: Trainer, directory: RunDirectory, facts: dict[str, Any]) -> dict[str, Any]:
+    """Measure the chosen network in float32, look at the test set for the first and only time, and write the folder."""
+    recipe, data = prepared.recipe, prepared.data
+    machine = prepared.hardware.full_precision()
+    prepared.student.load_state_dict(trainer.best_state)
+    normalisation = Normalisation(data.mean, data.std, machine)
+    figures = {}
+    for name, split in (("validation", data.validation), ("test", data.test)):
+        if split is not None:
+            logits, labels = predict(
+                prepared.student, split, normalisation, machine, batch_size=recipe.engine.evaluation_batch_size
+            )
+            figures[name] = metrics.quality(logits, labels)
+    facts |= {
+        "ended": "completed",
+        "finished_at": _now(),
+        "best": trainer.best or {"epoch": recipe.engine.epochs},
+        "metrics": figures,
+        "images_per_second": [line["images_per_second"] for line in directory.metrics()],
+    }
+    saved = saved_model.SavedModel(
+        model=prepared.student.cpu().eval(),
+        spec=recipe.model,
+        class_names=data.class_names,
+        channels=data.channels,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        facts={key: facts[key] for key in ("data", "loss", "seed", "metrics", "teacher") if facts.get(key) is not None},
+    )
+    saved_model.write(directory.path, saved)
+    facts["weights_hash"] = saved_model.weights_hash(saved.model.state_dict())
+    directory.write_facts(facts)
+    directory.drop_checkpoints()
+    return facts
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    recipe, data, teacher = prepared.recipe, prepared.data, prepared.teacher
+    return {
+        "command": ["cakd", *sys.argv[1:]],
+        "versions": versions(),
+        "hardware": {
+            "device": str(prepared.hardware.device),
+            "name": hardware_module.describe(prepared.hardware.device),
+            "precision": prepared.hardware.precision,
+        },
+        "started_at": _now(),
+        "seed": recipe.seed,
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "train": len(data.train),
+            "validation": len(data.validation) if data.validation else 0,
+            "test": len(data.test),
+        },
+        "model": {"name": recipe.model.label, "parameters": cost.num_parameters(prepared.student)},
+        "loss": " + ".join(f"{term.weight:g} {term.type}" for term in recipe.loss),  # type: ignore[attr-defined]
+        "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
+    }
+
+
+def _finished_facts(out: Path) -> dict[str, Any] | None:
+    import json
+
+    try:
+        facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and facts.get("ended") == "completed" else None
+
+
+@contextlib.contextmanager
+def _memory_errors(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HardwareError(
+            f"the memory of {recipe.engine.device} is full: {str(error).splitlines()[0]}",
+            hint=f"cut the batch of {recipe.engine.batch_size} into parts: "
+            f"engine.gradient_accumulation={2 * recipe.engine.gradient_accumulation}",
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that may change a result."""
+    packages = ("torch", "torchvision", "safetensors", "torchmetrics", "timm", "onnx", "onnxruntime")
+    found = {"cakd": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""How good a network is: accuracy, calibration, fidelity to its teacher, cost."""

@@ -1,0 +1,73 @@
+"""What a network costs: parameters, FLOPs, memory and time."""
+
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cakd_cli.engine.hardware import Hardware
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the trainable elements."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one image's forward pass, 2 per multiply-add (papers often count 1)."""
+    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    was_training = model.training
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardware, batch_size: int) -> dict[str, Any]:
+    """Time of a forward pass in milliseconds: median and quartiles of repeated runs after a warm-up.
+
+    Runs for about a second, five times at least.
+    """
+    images = torch.rand(batch_size, *image_shape, device=hardware.device)
+    if hardware.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    model.eval()
+    times: list[float] = []
+    with torch.inference_mode(), hardware.autocast():
+        for _ in range(3):
+            model(images)
+        start = time.perf_counter()
+        while len(times) < 5 or (time.perf_counter() - start < 1 and len(times) < 200):
+            _wait(hardware.device)
+            before = time.perf_counter()
+            model(images)
+            _wait(hardware.device)
+            times.append(1000 * (time.perf_counter() - before))
+    quartiles = statistics.quantiles(times, n=4)
+    return {"batch_size": batch_size, "median_ms": quartiles[1], "quartiles_ms": [quartiles[0], quartiles[2]], "n": len(times)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def saved_bytes_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Bytes that one image's forward pass keeps for the backward pass, in float32; measured on a batch of two."""
+    probe = copy.deepcopy(model).cpu().train()
+    own = {parameter.data_ptr() for parameter in probe.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = probe(torch.zeros(2, *image_shape))
+    del out
+    return sum(kept.values()) // 2

@@ -1,0 +1,41 @@
+"""torch.export's .pt2, read again by torch."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from cakd_cli import __version__
+from cakd_cli.engine.saved_model import SavedModel
+
+
+def require() -> None:
+    """Nothing beyond torch is needed."""
+
+
+def write(saved: SavedModel, path: Path) -> None:
+    """Write normalised images (batch, channels, height, width) to logits (batch, classes), any batch."""
+    # A batch of two: torch would take the size 1 for a constant.
+    example = torch.zeros(2, saved.channels, *saved.image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(saved.model.eval(), (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
+        facts = {
+            "version": __version__,
+            "class_names": list(saved.class_names),
+            "mean": list(saved.mean),
+            "std": list(saved.std),
+        }
+        torch.export.save(program, path, extra_files={"cakd.json": json.dumps(facts, ensure_ascii=False)})
+
+
+def reload(path: Path) -> Callable[[Tensor], Tensor]:
+    """Open the file as another program would."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.export.load(path).module()
+    return module

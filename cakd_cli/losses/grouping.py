@@ -1,0 +1,118 @@
+"""Who is strong and who is weak: rules that pick a set of classes for each sample.
+
+Each returns ``strong_BC``, a boolean mask of shape (batch, classes). Ties at the edge of a set are broken by
+``torch.topk`` or ``torch.sort`` and so are arbitrary, as in every published implementation.
+
+Shape suffixes: B batch, C classes.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from cakd_cli.losses.base import check_target, soften
+
+
+def label(teacher_BC: Tensor, target_B: Tensor) -> Tensor:
+    """Strong is the labelled class alone (DKD; CAKD over logits).
+
+    Raises:
+        ValueError: If the labels are not one class index per sample.
+    """
+    check_target(teacher_BC, target_B)
+    classes_C = torch.arange(teacher_BC.shape[1], device=teacher_BC.device)
+    return classes_C == target_B.unsqueeze(1)
+
+
+def top_k(teacher_BC: Tensor, k: int) -> Tensor:
+    """Strong are the k classes with the teacher's largest logits (GDKD); all of them if k >= classes.
+
+    Raises:
+        ValueError: If k < 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    chosen_BK = teacher_BC.topk(min(k, teacher_BC.shape[1]), dim=1).indices
+    return torch.zeros_like(teacher_BC, dtype=torch.bool).scatter_(1, chosen_BK, True)
+
+
+def top_mass(teacher_BC: Tensor, mass: float, *, temperature: float = 1.0) -> Tensor:
+    """Strong is the smallest set of classes whose teacher probability, softened, is at least ``mass``.
+
+    Raises:
+        ValueError: If ``mass`` is not in (0, 1].
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass must be in (0, 1], got {mass}")
+    sorted_BC, order_BC = soften(teacher_BC, temperature).softmax(1).sort(dim=1, descending=True)
+    mass_before_BC = sorted_BC.cumsum(1) - sorted_BC
+    return torch.zeros_like(teacher_BC, dtype=torch.bool).scatter_(1, order_BC, mass_before_BC < mass)
+
+
+def threshold(teacher_BC: Tensor, probability: float, *, temperature: float = 1.0) -> Tensor:
+    """Strong are the classes to which the teacher, softened, gives at least ``probability``; possibly none.
+
+    Raises:
+        ValueError: If ``probability`` is not in (0, 1).
+    """
+    if not 0 < probability < 1:
+        raise ValueError(f"probability must be in (0, 1), got {probability}")
+    return soften(teacher_BC, temperature).softmax(1) >= probability
+
+
+class _Grouping(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
+        """Mask of the strong classes."""
+        raise NotImplementedError
+
+
+class LabelGrouping(_Grouping):
+    """The labelled class is strong."""
+
+    type: Literal["label"] = "label"
+
+    def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
+        """Mask of the strong classes."""
+        return label(teacher_BC, target_B)
+
+
+class TopKGrouping(_Grouping):
+    """The teacher's k largest logits are strong."""
+
+    type: Literal["top-k"] = "top-k"
+    k: int = Field(5, ge=1, description="number of strong classes")
+
+    def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
+        """Mask of the strong classes."""
+        return top_k(teacher_BC, self.k)
+
+
+class TopMassGrouping(_Grouping):
+    """The smallest set that holds a share of the teacher's softened probability is strong."""
+
+    type: Literal["top-mass"] = "top-mass"
+    mass: float = Field(0.9, gt=0, le=1, description="share of the teacher's probability")
+
+    def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
+        """Mask of the strong classes."""
+        return top_mass(teacher_BC, self.mass, temperature=temperature)
+
+
+class ThresholdGrouping(_Grouping):
+    """Classes above a softened teacher probability are strong."""
+
+    type: Literal["threshold"] = "threshold"
+    probability: float = Field(0.05, gt=0, lt=1, description="least softened teacher probability of a strong class")
+
+    def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
+        """Mask of the strong classes."""
+        return threshold(teacher_BC, self.probability, temperature=temperature)
+
+
+Grouping = Annotated[
+    LabelGrouping | TopKGrouping | TopMassGrouping | ThresholdGrouping, Field(discriminator="type")
+]

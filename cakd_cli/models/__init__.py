@@ -1,0 +1,35 @@
+"""Who teaches and who learns: small-image networks of the literature, and bridges to torchvision and timm."""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from cakd_cli.models.base import ModelSpec
+from cakd_cli.models.external import ExternalSpec, TimmSpec, TorchvisionSpec
+from cakd_cli.models.resnet import ResNetSpec
+from cakd_cli.models.weights import load_state, read_state
+from cakd_cli.models.wide_resnet import WideResNetSpec
+
+ModelOptions = Annotated[ResNetSpec | WideResNetSpec | TorchvisionSpec | TimmSpec, Field(discriminator="type")]
+
+SPECS: tuple[type[ModelSpec], ...] = (ResNetSpec, WideResNetSpec, TorchvisionSpec, TimmSpec)
+
+
+def names() -> dict[str, type[ModelSpec]]:
+    """Every ``type`` that a recipe's ``model:`` may have, and its options class."""
+    return {name: spec for spec in SPECS for name in get_args(spec.model_fields["type"].annotation)}
+
+
+__all__ = [
+    "SPECS",
+    "ExternalSpec",
+    "ModelOptions",
+    "ModelSpec",
+    "ResNetSpec",
+    "TimmSpec",
+    "TorchvisionSpec",
+    "WideResNetSpec",
+    "load_state",
+    "names",
+    "read_state",
+]

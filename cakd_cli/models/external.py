@@ -1,0 +1,142 @@
+"""Bridges to the networks of torchvision and timm."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, cast
+
+from pydantic import Field
+from torch import nn
+
+from cakd_cli.errors import InputError, RecipeError, nearest
+from cakd_cli.models.base import ModelSpec
+
+
+class ExternalSpec(ModelSpec):
+    """A network of another library, with its published weights if wanted."""
+
+    shorthand: ClassVar[str | None] = "name"
+
+    pretrained: bool = Field(False, description="start from the library's published weights")
+
+    def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
+        """Make the network with the published weights; a head of another size is fresh.
+
+        Raises:
+            InputError: If the weights are not here and cannot be fetched.
+            RecipeError: If the library has none for this network.
+        """
+        raise NotImplementedError
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation, of pixels in [0, 1], that the published weights expect."""
+        raise NotImplementedError
+
+
+class TorchvisionSpec(ExternalSpec):
+    """A torchvision classifier: torchvision:NAME."""
+
+    type: Literal["torchvision"] = "torchvision"
+    name: str = Field(description="as in torchvision.models, for example resnet18 or mobilenet_v3_small")
+
+    def _known(self) -> list[str]:
+        from torchvision import models
+
+        # These two return auxiliary outputs while they train.
+        return [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
+
+    def _check(self, in_channels: int) -> None:
+        known = self._known()
+        if self.name not in known:
+            raise RecipeError(f"torchvision has no classifier '{self.name}'", hint=nearest(self.name, known))
+        if in_channels != 3:
+            raise RecipeError(
+                f"torchvision:{self.name} takes 3 channels, the images have {in_channels}",
+                hint="use colour images, or a network of any channels such as resnet20",
+            )
+
+    def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
+        """Make the network with fresh weights."""
+        from torchvision import models
+
+        self._check(in_channels)
+        return cast(nn.Module, models.get_model(self.name, weights=None, num_classes=num_classes))
+
+    def _weights(self) -> Any:
+        from torchvision import models
+
+        return models.get_model_weights(self.name).DEFAULT
+
+    def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
+        """Make the network with the published weights; a head of another size is fresh."""
+        model = self.build(in_channels=in_channels, num_classes=num_classes)
+        try:
+            state = self._weights().get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot fetch the weights of torchvision:{self.name}: {error}",
+                hint="without a network, give a file: weights=PATH.pth",
+            ) from error
+        load_but_head(model, state)
+        return model
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that the published weights expect."""
+        transform = self._weights().transforms()
+        return tuple(transform.mean), tuple(transform.std)
+
+    @property
+    def label(self) -> str:
+        """What a person calls this network."""
+        return f"torchvision:{self.name}"
+
+
+class TimmSpec(ExternalSpec):
+    """A timm classifier: timm:NAME."""
+
+    type: Literal["timm"] = "timm"
+    name: str = Field(description="as in timm.create_model, for example vit_tiny_patch16_224")
+
+    def _timm(self) -> Any:
+        try:
+            import timm
+        except ImportError as error:
+            raise RecipeError(f"timm:{self.name} needs timm", hint="pip install 'cakd[timm]'") from error
+        if not timm.is_model(self.name):
+            raise RecipeError(f"timm has no model '{self.name}'", hint=nearest(self.name, timm.list_models()))
+        return timm
+
+    def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
+        """Make the network with fresh weights."""
+        return cast(nn.Module, self._timm().create_model(self.name, in_chans=in_channels, num_classes=num_classes))
+
+    def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
+        """Make the network with the published weights; a head of another size is fresh."""
+        timm = self._timm()
+        try:
+            model = timm.create_model(self.name, pretrained=True, in_chans=in_channels, num_classes=num_classes)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"cannot fetch the weights of timm:{self.name}: {_first_line(error)}",
+                hint="without a network, give a file: weights=PATH.safetensors",
+            ) from error
+        return cast(nn.Module, model)
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that the published weights expect."""
+        config = self._timm().get_pretrained_cfg(self.name)
+        return tuple(config.mean), tuple(config.std)
+
+    @property
+    def label(self) -> str:
+        """What a person calls this network."""
+        return f"timm:{self.name}"
+
+
+def load_but_head(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load published weights into a network whose head may have another number of classes."""
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

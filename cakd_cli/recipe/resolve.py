@@ -1,0 +1,369 @@
+"""From words to a recipe: file, overrides and flags, and every mistake at once.
+
+Precedence: default < recipe file < KEY=VALUE < flag. A deeper key refines what a shallower one chose, so
+``--loss dkd loss.1.beta=4`` does what it says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from cakd_cli import data, losses, models
+from cakd_cli.errors import RecipeError, UsageError, nearest
+from cakd_cli.recipe import shipped, strict_yaml
+from cakd_cli.recipe.schema import Recipe
+
+Keys = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    keys: Keys
+    value: Any
+    origin: str
+
+
+class _Mistakes:
+    """Collects what is wrong, and finds where each part of the recipe came from."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []
+        self.origins: dict[Keys, str] = {}
+
+    def add(self, origin: str, message: str) -> None:
+        if (origin, message) not in self.found:
+            self.found.append((origin, message))
+
+    def origin(self, keys: Keys) -> str:
+        for length in range(len(keys), -1, -1):
+            if keys[:length] in self.origins:
+                return self.origins[keys[:length]]
+        return ""
+
+    def report(self) -> None:
+        if self.found:
+            count = len(self.found)
+            title = "the recipe has a mistake" if count == 1 else f"the recipe has {count} mistakes"
+            # In the order of the file, then what was typed.
+            ordered = sorted(self.found, key=lambda mistake: _line_number(mistake[0]))
+            lines = [f"{origin}: {message}" if origin else message for origin, message in ordered]
+            raise RecipeError("\n  ".join([title + ":", *lines]))
+
+
+def _line_number(origin: str) -> float:
+    number = origin.rpartition(":")[2]
+    return int(number) if number.isdigit() else float("inf")
+
+
+def resolve(
+    words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Make a recipe from what a user typed.
+
+    Args:
+        words: At most one recipe (a path, or the name of one that ships) and any number of KEY=VALUE.
+        flags: Values of flags by dotted key; None = not given.
+        defaults: Values by dotted key for what neither a file nor a word sets.
+
+    Returns:
+        The recipe; only ``engine.device`` and ``engine.precision`` may still be ``auto``.
+
+    Raises:
+        UsageError: If a word is neither a recipe nor KEY=VALUE.
+        RecipeError: With every mistake in one message.
+    """
+    names, overrides = _sort_words(words)
+    mistakes = _Mistakes()
+    raw = _read(names[0], mistakes) if names else {}
+    methods = _methods(raw, mistakes)
+    for dotted, value in (defaults or {}).items():
+        raw.setdefault(dotted, value)
+    for key in list(raw):
+        raw[key] = _expand(key, raw[key], methods, mistakes, mistakes.origin((key,)))
+
+    assignments = [_parse_override(word, mistakes) for word in overrides]
+    assignments += [
+        _Assignment(tuple(dotted.split(".")), value, _flag_name(dotted))
+        for dotted, value in flags.items()
+        if value is not None
+    ]
+    # Stable: shallow keys first, and at one depth flags after words.
+    for assignment in sorted((a for a in assignments if a is not None), key=lambda a: len(a.keys)):
+        _assign(raw, assignment, methods, mistakes)
+    for key in ("optimizer", "schedule"):
+        if isinstance(raw.get(key), dict):
+            raw[key].setdefault("type", Recipe.model_fields[key].get_default(call_default_factory=True).type)
+    recipe = _validate(raw, mistakes)
+    mistakes.report()
+    assert recipe is not None
+    return _settle(recipe)
+
+
+def _flag_name(dotted: str) -> str:
+    name = dotted.split(".")[-1].replace("_", "-")
+    return "--data-root" if dotted == "data.root" else f"--{name}"
+
+
+def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise UsageError(
+            f"more than one recipe: {', '.join(names)}", hint="give one recipe, and settings as KEY=VALUE"
+        )
+    return names, [word for word in words if "=" in word]
+
+
+def _read(name: str, mistakes: _Mistakes) -> dict[str, Any]:
+    path, title = shipped.find(name)
+    try:
+        document = strict_yaml.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {title}: {error}") from error
+    for line, message in document.problems:
+        mistakes.add(f"{title}:{line}", message)
+    mistakes.origins.update({keys: f"{title}:{line}" for keys, line in document.lines.items()})
+    if document.value is None and not document.problems:
+        return {}
+    if not isinstance(document.value, dict):
+        mistakes.add(f"{title}:1", "a recipe is a mapping of keys to values")
+        mistakes.report()
+    return dict(document.value)
+
+
+def _methods(raw: dict[str, Any], mistakes: _Mistakes) -> dict[str, Any]:
+    """What ``--loss NAME`` stands for: the recipe's own ``methods:``, then the published objectives."""
+    own = raw.pop("methods", {})
+    if not isinstance(own, dict):
+        mistakes.add(mistakes.origin(("methods",)), "methods: must map names to lists of loss terms")
+        own = {}
+    return {name: [dict(term) for term in terms] for name, terms in losses.objectives().items()} | own
+
+
+def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:
+    dotted, _, text = word.partition("=")
+    keys: Keys = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    document = strict_yaml.parse(text)
+    for _, message in document.problems:
+        mistakes.add(word, message)
+    if "" in keys:
+        mistakes.add(word, "the key is empty")
+    if document.problems or "" in keys:
+        return None
+    return _Assignment(keys, document.value, word)
+
+
+def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _Mistakes, origin: str) -> Any:
+    """Turn the short forms ``digits``, ``folder:PATH``, ``torchvision:NAME``, ``dkd`` into mappings and lists."""
+    if not isinstance(value, str):
+        return value
+    if key == "data":
+        return _expand_spec(value, data.names(), "data", mistakes, origin)
+    if key == "model":
+        return _expand_spec(value, models.names(), "model", mistakes, origin)
+    if key == "teacher":
+        name, _, argument = value.partition(":")
+        if name in ("torchvision", "timm") and argument:
+            return {"type": name, "name": argument, "pretrained": True}
+        if name in models.names() and not Path(value).exists():
+            return {"type": name}
+        return {"type": "run", "path": value}
+    if key == "loss":
+        if value not in methods:
+            mistakes.add(origin, f"loss: no method '{value}'; {nearest(value, sorted(methods))}")
+            return [{"type": "cross-entropy"}]
+        terms = methods[value]
+        return [dict(term) if isinstance(term, dict) else term for term in terms] if isinstance(terms, list) else terms
+    return value
+
+
+def _expand_spec(
+    value: str, specs: Mapping[str, type[Any]], what: str, mistakes: _Mistakes, origin: str
+) -> dict[str, Any]:
+    name, colon, argument = value.partition(":")
+    shorthand = specs[name].shorthand if name in specs else None
+    if name in specs and shorthand and not argument:
+        mistakes.add(origin, f"{what}: '{value}' lacks its {shorthand}; write {name}:{shorthand.upper()}")
+    elif name in specs and colon and not shorthand:
+        mistakes.add(origin, f"{what}: '{name}' takes nothing after a colon, got '{argument}'")
+    elif shorthand:
+        return {"type": name, shorthand: argument}
+    return {"type": name}
+
+
+def _assign(raw: dict[str, Any], assignment: _Assignment, methods: Mapping[str, Any], mistakes: _Mistakes) -> None:
+    *parents, last = assignment.keys
+    node: Any = raw
+    for depth, key in enumerate(parents):
+        if isinstance(node, dict) and isinstance(key, str):
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+            node = node[key]
+        else:
+            mistakes.add(assignment.origin, _no_place(node, assignment.keys[:depth], key))
+            return
+    if isinstance(node, dict) and isinstance(last, str):
+        value = assignment.value
+        if len(assignment.keys) == 1:
+            value = _expand(last, value, methods, mistakes, assignment.origin)
+        node[last] = value
+    elif isinstance(node, list) and isinstance(last, int) and last < len(node):
+        node[last] = assignment.value
+    else:
+        mistakes.add(assignment.origin, _no_place(node, assignment.keys[:-1], last))
+        return
+    keys = assignment.keys
+    mistakes.origins = {known: origin for known, origin in mistakes.origins.items() if known[: len(keys)] != keys}
+    mistakes.origins[keys] = assignment.origin
+
+
+def _no_place(node: Any, keys: Keys, key: str | int) -> str:
+    where = _dotted(keys)
+    if isinstance(node, list):
+        return f"{where}: there is no entry {key}, it has {len(node)}, counted from 0"
+    return f"{where}: holds {node!r}, which has no key '{key}'"
+
+
+def _validate(raw: dict[str, Any], mistakes: _Mistakes) -> Recipe | None:
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        details = error.errors()
+    else:
+        _check_whole(recipe, mistakes)
+        return recipe
+    by_place: dict[Keys, list[Any]] = {}
+    for detail in details:
+        by_place.setdefault(_place(detail, raw), []).append(detail)
+    for keys, group in by_place.items():
+        mistakes.add(mistakes.origin(keys), f"{_dotted(keys)}: {_explain(keys, group, raw)}")
+    return None
+
+
+def _place(detail: Any, raw: Any) -> Keys:
+    """Path in the user's recipe; pydantic's own also names the members of unions."""
+    keys: list[str | int] = []
+    node = raw
+    for i, part in enumerate(detail["loc"]):
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            node = node[part]
+            keys.append(part)
+        elif detail["type"] == "missing" and i == len(detail["loc"]) - 1:
+            keys.append(part)
+    return tuple(keys)
+
+
+def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
+    kinds = {detail["type"]: detail for detail in group}
+    section = _section_at(keys[:-1], raw)
+    if "extra_forbidden" in kinds:
+        known = list(section.model_fields) if section else []
+        return f"unknown key; {nearest(str(keys[-1]), known)}"
+    described = section.model_fields.get(str(keys[-1])) if section and keys else None
+    note = f" ({described.description})" if described is not None and described.description else ""
+    if "missing" in kinds:
+        flag = {"data": "; give --data", "model": "; give --model or --student"}.get(_dotted(keys), "")
+        return f"is missing{note}{flag}"
+    given = _value_at(keys, raw)
+    for kind, context in (("union_tag_invalid", "expected_tags"), ("literal_error", "expected")):
+        if kind in kinds and len(kinds) == 1:
+            known = [word.strip(" '") for word in str(kinds[kind]["ctx"][context]).replace(" or ", ", ").split(",")]
+            word = kinds[kind]["ctx"].get("tag", given)
+            return f"no '{word}' here; {nearest(str(word), known)}{note}"
+    if "union_tag_not_found" in kinds:
+        return f"needs a key 'type', got {given!r}"
+    message = " or ".join(dict.fromkeys(_lower(detail["msg"]) for detail in group))
+    return f"{message}, got {given!r}{note}"
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:].removesuffix(".")
+
+
+def _value_at(keys: Keys, raw: Any) -> Any:
+    for key in keys:
+        raw = raw[key]
+    return raw
+
+
+def _section_at(keys: Keys, raw: Any) -> type[BaseModel] | None:
+    """Options class that describes a place, as far as the recipe's own ``type`` keys tell."""
+    section: type[BaseModel] = Recipe
+    candidates: list[type[BaseModel]] = []
+    for key in keys:
+        raw = raw[key] if isinstance(raw, dict | list) else None
+        if isinstance(key, str):
+            if key not in section.model_fields:
+                return None
+            candidates = _sections_in(section.model_fields[key].annotation)
+        if isinstance(raw, list):
+            continue
+        kind = raw.get("type") if isinstance(raw, dict) else None
+        fitting = [c for c in candidates if "type" in c.model_fields and kind in _literals(c)] or candidates
+        if not fitting:
+            return None
+        section = fitting[0]
+    return section
+
+
+def _literals(section: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["type"].annotation)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys)) or "the recipe"
+
+
+def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
+    """What no single key can tell."""
+
+    def wrong(keys: Keys, message: str) -> None:
+        mistakes.add(mistakes.origin(keys), f"{_dotted(keys)}: {message}")
+
+    engine = recipe.engine
+    if not recipe.loss:
+        wrong(("loss",), "needs at least one term")
+    if recipe.needs_teacher and recipe.teacher is None:
+        term = next(term for term in recipe.loss if term.needs_teacher)
+        wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")  # type: ignore[attr-defined]
+    if isinstance(recipe.teacher, models.ModelSpec) and not (
+        recipe.teacher.weights or getattr(recipe.teacher, "pretrained", False)
+    ):
+        wrong(("teacher",), f"{recipe.teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory")
+    if engine.batch_size % engine.gradient_accumulation:
+        wrong(
+            ("engine", "gradient_accumulation"),
+            f"must divide the batch size {engine.batch_size}, got {engine.gradient_accumulation}",
+        )
+    if recipe.schedule.warmup_epochs > engine.epochs:
+        wrong(
+            ("schedule", "warmup_epochs"),
+            f"is {recipe.schedule.warmup_epochs:g}, longer than the run of {engine.epochs} epochs",
+        )
+    for i, term in enumerate(recipe.loss):
+        if term.warmup_epochs != "auto" and term.warmup_epochs > engine.epochs:
+            wrong(
+                ("loss", i, "warmup_epochs"),
+                f"is {term.warmup_epochs:g}, longer than the run of {engine.epochs} epochs; auto is a twelfth of it",
+            )
+
+
+def _settle(recipe: Recipe) -> Recipe:
+    """Replace every ``auto`` that the recipe itself decides."""
+    terms = tuple(
+        term.model_copy(update={"warmup_epochs": recipe.engine.epochs / 12}) if term.warmup_epochs == "auto" else term
+        for term in recipe.loss
+    )
+    return recipe.model_copy(update={"loss": terms})

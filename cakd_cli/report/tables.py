@@ -1,0 +1,129 @@
+"""Tables for a terminal of 80 columns."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show_catalogue(stdout: Console, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print names and what they are."""
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        stdout.print(Text(row["name"].ljust(width), style="bold") + Text(f"  {row['summary']}", style="default"))
+
+
+def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
+    """Print what a run would do."""
+    data, student, teacher = plan["data"], plan["student"], plan["teacher"]
+    lines = {
+        "data": f"{data['name']}: {data['train']:,} train, {data['validation']:,} held out, {data['test']:,} test, "
+        f"{data['classes']} classes, {' x '.join(map(str, data['image']))}",
+        "student": _network(student),
+        "teacher": _network(teacher) if teacher else "none",
+        "loss": " + ".join(_term(term) for term in plan["loss"]),
+        "steps": f"{plan['epochs']} epochs x {plan['steps_per_epoch']} = {plan['steps']:,}",
+        "memory": f"about {plan['training_memory_bytes'] / 2**20:,.0f} MiB for the student's training step",
+        "device": f"{plan['device']}{_reason(plan, 'engine.device')}",
+        "precision": f"{plan['precision']}{_reason(plan, 'engine.precision')}",
+        "out": plan["out"],
+    }
+    for key, value in lines.items():
+        stdout.print(f"{key:<10}{value}", markup=False)
+
+
+def _network(size: Mapping[str, Any]) -> str:
+    return f"{size['name']}: {size['parameters']:,} parameters, {count(size['flops_per_image'])}FLOP an image (2 per multiply-add)"
+
+
+def _reason(plan: Mapping[str, Any], key: str) -> str:
+    return f" (auto: {plan['chosen'][key]})" if key in plan["chosen"] else ""
+
+
+def _term(term: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in term.items() if key not in ("type", "weight")}
+    settings = ", ".join(f"{key} {_setting(value)}" for key, value in rest.items())
+    return f"{term['weight']:g} {term['type']} ({settings})"
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(_setting(part) for part in value.values())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def count(number: float) -> str:
+    """Write a large number with a prefix: 81.6 M."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {prefix}"
+    return f"{number:.0f} "
+
+
+def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
+    """Print a network's figures, beside its teacher's where there is one."""
+    teacher = report.get("teacher")
+    table = Table(box=SIMPLE_HEAD, title=f"{report['data']}, {report['samples']:,} {report['split']} images")
+    table.add_column("")
+    table.add_column(report["model"], justify="right")
+    if teacher:
+        table.add_column(teacher["name"].partition(" of ")[0] + " (teacher)", justify="right")
+    for label, key, style in (
+        ("top-1", "top1", "{:.2%}"),
+        ("top-5", "top5", "{:.2%}"),
+        ("NLL (nats)", "nll", "{:.4f}"),
+        ("ECE", "ece", "{:.4f}"),
+    ):
+        values = [source["quality"][key] for source in (report, teacher) if source]
+        table.add_row(label, *(style.format(value) for value in values))
+    costs = [source["cost"] for source in (report, teacher) if source]
+    table.add_row("parameters", *(f"{value['parameters']:,}" for value in costs))
+    table.add_row("FLOP an image", *(count(value["flops_per_image"]) for value in costs))
+    stdout.print(table)
+    for timing in report["cost"].get("latency", ()):
+        low, high = timing["quartiles_ms"]
+        stdout.print(
+            f"batch {timing['batch_size']:>2}: {timing['median_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}, "
+            f"n {timing['n']}) on {report['cost']['device']}",
+            markup=False,
+        )
+    if teacher:
+        values = teacher["fidelity"]
+        stdout.print(
+            f"\nagreement with the teacher {values['agreement']:.2%}\n"
+            f"not learnt yet: KL {values['kl']:.4f} nats at temperature 4, made of\n"
+            f"  BCD {values['bcd']:.4f}  strong classes against weak (strong = the teacher's top, "
+            f"{values['strong_mass']:.0%} of its probability)\n"
+            f"  SCD {values['scd']:.4f}  inside the strong classes\n"
+            f"  WCD {values['wcd']:.4f}  inside the weak classes",
+            markup=False,
+        )
+    worst = sorted(
+        (share, name) for name, share in report["per_class"].items() if share is not None
+    )[:5]
+    stdout.print(
+        "\nleast recognised classes: " + ", ".join(f"{name} {share:.1%}" for share, name in worst), markup=False
+    )
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Make one table of several networks; figures that need a teacher are blank without one."""
+    table = Table(box=SIMPLE_HEAD, title=title)
+    table.add_column("")
+    for column in ("top-1", "agree", "ECE", "BCD", "SCD", "WCD", "parameters"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        fidelity = row.get("fidelity")
+        parts = [f"{fidelity[key]:.4f}" for key in ("bcd", "scd", "wcd")] if fidelity else ["", "", ""]
+        table.add_row(
+            row["name"],
+            f"{row['quality']['top1']:.2%}",
+            f"{fidelity['agreement']:.2%}" if fidelity else "",
+            f"{row['quality']['ece']:.3f}",
+            *parts,
+            f"{row['parameters']:,}",
+        )
+    return table
