@@ -19,12 +19,16 @@ class Console:
         json_mode: One JSON document on stdout and nothing on stderr but errors.
         quiet: Results and errors only.
         verbose: More lines on stderr.
+        bar: Draw a progress bar although quiet.
     """
 
-    def __init__(self, *, json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self, *, json_mode: bool = False, quiet: bool = False, verbose: bool = False, bar: bool | None = None
+    ) -> None:
         self.json_mode = json_mode
         self.quiet = quiet or json_mode
         self.verbose = verbose and not self.quiet
+        self.bar = not self.quiet if bar is None else bar
         self.stdout = RichConsole(highlight=False, soft_wrap=True)
         self.stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
@@ -55,7 +59,7 @@ class Console:
         """Training begins."""
         self._epochs, self._steps_per_epoch, self._done_epochs = epochs, steps_per_epoch, done_epochs
         self._started = time.monotonic()
-        if self.quiet or not self.stderr.is_terminal:
+        if not self.bar or not self.stderr.is_terminal:
             return
         self._bar = Progress(
             TextColumn("{task.description}"),

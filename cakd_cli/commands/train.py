@@ -64,7 +64,7 @@ def train(
     if not dry_run:
         run_directory.check_free(path, resume=resume, overwrite=overwrite)
     prepared = training.prepare(recipe)
-    console.detail(strict_yaml.dump(prepared.recipe.model_dump(mode="json")))
+    console.detail(strict_yaml.dump(run_directory.type_first(prepared.recipe.model_dump(mode="json"))))
     if recipe.teacher is not None and not recipe.needs_teacher:
         console.note("the teacher is not asked: no term of the loss needs it")
     if dry_run:

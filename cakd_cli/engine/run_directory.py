@@ -81,7 +81,7 @@ class RunDirectory:
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the recipe that this run follows."""
-        write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.model_dump(mode="json")))
+        write_text(self.path / "recipe.yaml", strict_yaml.dump(type_first(recipe.model_dump(mode="json"))))
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write run.json."""
@@ -196,6 +196,14 @@ def check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
             "\n  ".join([f"{path} cannot be resumed with other settings:", *changed]),
             hint=f"continue it as it was: --resume --out {path}; or start another run with another --out",
         )
+
+
+def type_first(value: Any) -> Any:
+    """Order mappings as a person would write them: what it is, then its settings."""
+    if isinstance(value, dict):
+        ordered = sorted(value.items(), key=lambda item: item[0] != "type")
+        return {key: type_first(item) for key, item in ordered}
+    return [type_first(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

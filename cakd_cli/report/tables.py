@@ -110,20 +110,23 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Make one table of several networks; figures that need a teacher are blank without one."""
-    table = Table(box=SIMPLE_HEAD, title=title)
+    """Make one table of several networks; each figure is [mean, standard deviation], blank where unknown."""
+    table = Table(box=SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0))
     table.add_column("")
-    for column in ("top-1", "agree", "ECE", "BCD", "SCD", "WCD", "parameters"):
+    columns = {"top1": "top-1 %", "agreement": "agree %", "ece": "ECE", "bcd": "BCD", "scd": "SCD", "wcd": "WCD"}
+    for column in (*columns.values(), "parameters"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        fidelity = row.get("fidelity")
-        parts = [f"{fidelity[key]:.4f}" for key in ("bcd", "scd", "wcd")] if fidelity else ["", "", ""]
-        table.add_row(
-            row["name"],
-            f"{row['quality']['top1']:.2%}",
-            f"{fidelity['agreement']:.2%}" if fidelity else "",
-            f"{row['quality']['ece']:.3f}",
-            *parts,
-            f"{row['parameters']:,}",
-        )
+        cells = [_spread(row.get(key), percent=key in ("top1", "agreement")) for key in columns]
+        table.add_row(row["name"], *cells, f"{row['parameters']:,}")
     return table
+
+
+def _spread(figure: Sequence[float | None] | None, *, percent: bool) -> str:
+    if figure is None or figure[0] is None:
+        return ""
+    scale, style = (100, "{:.1f}") if percent else (1, "{:.3f}")
+    mean, deviation = figure
+    # The deviation of small figures would not fit 80 columns; it is in the JSON.
+    spread = f"±{style.format(scale * deviation)}" if percent and deviation is not None else ""
+    return style.format(scale * mean) + spread
