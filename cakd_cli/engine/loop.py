@@ -222,7 +222,7 @@ class Trainer:
         """Go on from a saved moment."""
         self.task.student.load_state_dict(checkpoint.model)
         tensors = checkpoint.training
-        _load_flat_state(self.optimizer, _under("optimizer.", tensors))
+        _load_flat_state(self.optimizer, self.parameters, _under("optimizer.", tensors))
         if self.average is not None:
             self.average.load_state_dict(_under("average.", tensors))
         torch.set_rng_state(tensors["random.cpu"])
@@ -264,10 +264,16 @@ def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _load_flat_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _load_flat_state(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
+        parameter = parameters[int(number)].detach()
+        if tensor.shape == parameter.shape:
+            # Fused kernels walk through memory: a moment must lie in memory as its parameter does.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

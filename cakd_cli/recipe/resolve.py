@@ -66,7 +66,7 @@ def resolve(
     Args:
         words: At most one recipe (a path, or the name of one that ships) and any number of KEY=VALUE.
         flags: Values of flags by dotted key; None = not given.
-        defaults: Values by dotted key for what neither a file nor a word sets.
+        defaults: Values by key for what neither a file nor a word sets.
 
     Returns:
         The recipe; only ``engine.device`` and ``engine.precision`` may still be ``auto``.
@@ -79,8 +79,8 @@ def resolve(
     mistakes = _Mistakes()
     raw = _read(names[0], mistakes) if names else {}
     methods = _methods(raw, mistakes)
-    for dotted, value in (defaults or {}).items():
-        raw.setdefault(dotted, value)
+    for key, value in ({"loss": "cross-entropy"} | dict(defaults or {})).items():
+        raw.setdefault(key, value)
     for key in list(raw):
         raw[key] = _expand(key, raw[key], methods, mistakes, mistakes.origin((key,)))
 
@@ -186,11 +186,10 @@ def _expand_spec(
     shorthand = specs[name].shorthand if name in specs else None
     if name in specs and shorthand and not argument:
         mistakes.add(origin, f"{what}: '{value}' lacks its {shorthand}; write {name}:{shorthand.upper()}")
-    elif name in specs and colon and not shorthand:
+        return {"type": name, shorthand: ""}
+    if name in specs and colon and not shorthand:
         mistakes.add(origin, f"{what}: '{name}' takes nothing after a colon, got '{argument}'")
-    elif shorthand:
-        return {"type": name, shorthand: argument}
-    return {"type": name}
+    return {"type": name, shorthand: argument} if shorthand else {"type": name}
 
 
 def _assign(raw: dict[str, Any], assignment: _Assignment, methods: Mapping[str, Any], mistakes: _Mistakes) -> None:
@@ -200,6 +199,7 @@ def _assign(raw: dict[str, Any], assignment: _Assignment, methods: Mapping[str, 
         if isinstance(node, dict) and isinstance(key, str):
             if node.get(key) is None:
                 node[key] = {}
+                mistakes.origins[assignment.keys[: depth + 1]] = assignment.origin
             node = node[key]
         elif isinstance(node, list) and isinstance(key, int) and key < len(node):
             node = node[key]

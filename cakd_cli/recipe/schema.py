@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cakd_cli.data import DataOptions
-from cakd_cli.losses import CrossEntropyTerm, LossOptions
+from cakd_cli.losses import LossOptions
 from cakd_cli.models import ResNetSpec, TimmSpec, TorchvisionSpec, WideResNetSpec
 from cakd_cli.models import ModelOptions as ModelOptions
 
@@ -103,7 +103,7 @@ class Recipe(Section):
     model: ModelOptions = Field(description="the network that learns: the student, or the teacher in train-teacher")
     teacher: TeacherOptions | None = Field(None, description="the network to learn from")
     loss: tuple[LossOptions, ...] = Field(
-        (CrossEntropyTerm(),), strict=False, description="terms of the loss, summed"
+        strict=False, description="terms of the loss, summed"
     )
     optimizer: Annotated[SGDOptions | AdamWOptions, Field(discriminator="type")] = Field(default_factory=SGDOptions)
     schedule: Annotated[CosineSchedule | StepSchedule | ConstantSchedule, Field(discriminator="type")] = Field(

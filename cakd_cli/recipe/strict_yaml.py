@@ -59,7 +59,11 @@ class Document:
 def parse(text: str) -> Document:
     """Parse one YAML document; never raises for wrong text, but lists what is wrong."""
     document = Document()
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        document.problems.append((1, f"not readable as YAML: {str(error).splitlines()[0]}"))
+        return document
     try:
         node = loader.get_single_node()
         if node is not None:

@@ -1,0 +1,273 @@
+"""Data sets: the real loading code on small files of the real formats."""
+
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import struct
+import tarfile
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torchvision import datasets
+
+from cakd_cli.data import DataOptions, ImageDataSet
+from cakd_cli.data.base import hold_out
+from cakd_cli.errors import InputError
+from tests.conftest import write_tensors_file
+
+CPU = torch.device("cpu")
+
+
+def load(**options) -> ImageDataSet:
+    return TypeAdapter(DataOptions).validate_python(options).load()
+
+
+def test_digits():
+    data = load(type="digits")
+
+    assert (len(data.train) + len(data.validation), len(data.test)) == (1437, 360)
+    assert (data.num_classes, data.channels, data.image_size) == (10, 1, (8, 8))
+    assert data.fingerprint == load(type="digits", validation_fraction=0.3).fingerprint
+
+
+def test_digits_say_where_they_are_from():
+    from safetensors import safe_open
+
+    import cakd_cli.data
+
+    file = Path(cakd_cli.data.__file__).parent / "assets" / "digits.safetensors"
+    with safe_open(file, "pt") as content:
+        assert "CC BY 4.0" in content.metadata()["licence"]
+        assert "UCI" in content.metadata()["source"]
+
+
+def test_held_out_share_is_stratified_and_fixed_by_its_seed():
+    labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 3 + [3])
+    keep, held = hold_out(labels, 0.1, seed=3)
+
+    assert labels[held].bincount(minlength=4).tolist() == [10, 5, 0, 0]
+    assert sorted([*keep.tolist(), *held.tolist()]) == list(range(len(labels)))
+    assert torch.equal(held, hold_out(labels, 0.1, seed=3)[1])
+    assert not torch.equal(held, hold_out(labels, 0.1, seed=4)[1])
+    assert len(hold_out(labels, 0.0, seed=3)[1]) == 0
+
+
+def test_normalisation_is_measured_on_the_training_images(tmp_path):
+    path = write_tensors_file(tmp_path / "d.safetensors", channels=2)
+    pixels = load_file(path)["train_images"].double() / 255
+
+    data = load(type="tensors", path=str(path))
+
+    torch.testing.assert_close(torch.tensor(data.mean).double(), pixels.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(data.std).double(), pixels.std((0, 2, 3), correction=0), atol=1e-6, rtol=0
+    )
+
+
+def test_an_epoch_shows_every_sample_once_and_resumes_in_the_middle(toy_file):
+    data = load(type="tensors", path=str(toy_file))
+    epoch = {"batch_size": 16, "seed": 1, "epoch": 4, "device": CPU}
+    whole = list(data.train.train_batches(**epoch, start=0))
+    rest = list(data.train.train_batches(**epoch, start=3))
+
+    assert len(whole) == 144 // 16
+    assert torch.cat([batch.labels for batch in whole]).bincount().tolist() == [36] * 4
+    for expected, answer in zip(whole[3:], rest, strict=True):
+        assert torch.equal(expected.images, answer.images)
+        assert torch.equal(expected.labels, answer.labels)
+    other = next(iter(data.train.train_batches(**(epoch | {"epoch": 5}), start=0)))
+    assert not torch.equal(whole[0].images, other.images)
+
+
+def test_without_padding_and_flip_training_shows_the_file(toy_file):
+    data = load(type="tensors", path=str(toy_file), crop_padding=0, validation_fraction=0.0)
+    shown = torch.cat([b.images for b in data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=CPU)])
+    rows = {bytes(image.flatten().tolist()) for image in shown}
+
+    assert rows == {bytes(image.flatten().tolist()) for image in load_file(toy_file)["train_images"]}
+
+
+def test_class_names_come_from_the_metadata_or_are_numbers(tmp_path):
+    named = write_tensors_file(tmp_path / "a.safetensors")
+    numbered = write_tensors_file(tmp_path / "b.safetensors", names=False)
+
+    assert load(type="tensors", path=str(named)).class_names == ("class 0", "class 1", "class 2", "class 3")
+    assert load(type="tensors", path=str(numbered)).class_names == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("test_labels"), "lacks test_labels"),
+        (lambda t: t.update(train_images=t["train_images"].float()), "of float32"),
+        (lambda t: t.update(train_images=t["train_images"][:, 0]), r"train images are \(160, 8, 8\)"),
+        (lambda t: t.update(train_labels=t["train_labels"][:5]), r"train labels are \(5,\)"),
+        (lambda t: t.update(test_labels=t["test_labels"] + 9), "test labels run from 9 to 12, but there are 4"),
+        (lambda t: t.update(test_images=t["test_images"][:, :, :4].contiguous()), r"test images \(1, 4, 8\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_explained(tmp_path, change, message):
+    path = write_tensors_file(tmp_path / "d.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"class_names": json.dumps(["a", "b", "c", "d"])})
+
+    with pytest.raises(InputError, match=message):
+        load(type="tensors", path=str(path))
+
+
+def cifar_archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write cifar-100-python.tar.gz as its authors do, with 20 images; torchvision's checksums are the small files'."""
+    generator = torch.Generator().manual_seed(0)
+    sums = {}
+    with tarfile.open(root / "cifar-100-python.tar.gz", "w:gz") as archive:
+        for name, count in (("train", 200), ("test", 100)):
+            pixels = torch.randint(0, 256, (count, 3072), generator=generator, dtype=torch.uint8).numpy()
+            content = {"data": pixels, "fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
+            sums[name] = _add(archive, name, content)
+        sums["meta"] = _add(archive, "meta", {"fine_label_names": [f"thing {i}" for i in range(100)]})
+    digest = hashlib.md5((root / "cifar-100-python.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", digest)
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": sums["meta"]})
+
+
+def _add(archive: tarfile.TarFile, name: str, content: object) -> str:
+    data = pickle.dumps(content)
+    info = tarfile.TarInfo(f"cifar-100-python/{name}")
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+    return hashlib.md5(data).hexdigest()
+
+
+def test_cifar100_archive_is_unpacked_and_read(tmp_path, monkeypatch):
+    cifar_archive(tmp_path, monkeypatch)
+
+    data = load(type="cifar100", root=str(tmp_path), validation_fraction=0.5)
+
+    assert (len(data.train), len(data.validation), len(data.test)) == (100, 100, 100)
+    assert (data.class_names[99], data.channels, data.image_size) == ("thing 99", 3, (32, 32))
+    batch = next(iter(data.test.ordered_batches(batch_size=100, device=CPU)))
+    with (tmp_path / "cifar-100-python" / "test").open("rb") as file:
+        raw = pickle.load(file)["data"]
+    assert torch.equal(batch.images.flatten(1), torch.from_numpy(raw))
+    assert batch.labels.tolist() == list(range(100))
+
+
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("no route to host")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_without_network_the_error_says_what_to_place_where(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setenv("CAKD_HOME", str(tmp_path))
+
+    with pytest.raises(InputError, match=f"no {name} in {tmp_path}/data, and it cannot be downloaded") as caught:
+        load(type=name)
+    assert f"in {tmp_path}/data" in caught.value.hint
+    assert "--data-root" in caught.value.hint
+
+
+def fashion_files(root: Path) -> None:
+    for part, count in (("train", 40), ("t10k", 20)):
+        pixels = torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8)
+        images = struct.pack(">iiii", 0x803, count, 28, 28) + bytes(pixels.flatten().tolist())
+        labels = struct.pack(">ii", 0x801, count) + bytes(i % 10 for i in range(count))
+        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+
+
+def test_fashion_mnist_is_read_from_its_packed_files(tmp_path):
+    fashion_files(tmp_path)
+
+    data = load(type="fashion-mnist", root=str(tmp_path), validation_fraction=0.0)
+
+    assert (len(data.train), len(data.test), data.image_size) == (40, 20, (28, 28))
+    assert data.class_names[9] == "Ankle boot"
+    assert data.validation is None
+
+
+def test_a_damaged_fashion_file_is_named(tmp_path):
+    fashion_files(tmp_path)
+    whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(InputError, match="files are not whole"):
+        load(type="fashion-mnist", root=str(tmp_path))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40 + i, 30), colour).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+def folder_data(path, **options):
+    return load(type="folder", path=str(path), image_size=24, workers=0, **options)
+
+
+def test_folder(folder):
+    data = folder_data(folder, validation_fraction=0.25)
+
+    assert (len(data.train), len(data.validation), len(data.test)) == (18, 6, 8)
+    assert (data.class_names, data.image_size) == (("cat", "dog"), (24, 24))
+    batch = next(iter(data.test.ordered_batches(batch_size=8, device=CPU)))
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 24, 24))
+    assert batch.images[0, :, 0, 0].tolist() == [200, 30, 30]
+    assert batch.labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_folder_with_val_and_test_holds_out_val(folder):
+    (folder / "test").rename(folder / "val")
+    assert len(folder_data(folder).test) == 8
+
+    for name in ("cat", "dog"):
+        (folder / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(folder / "test" / name / "x.png")
+    data = folder_data(folder)
+    assert (len(data.train), len(data.validation), len(data.test)) == (24, 8, 2)
+
+
+def test_folder_views_are_the_same_from_workers_and_after_a_resume(folder):
+    epoch = {"batch_size": 4, "seed": 1, "epoch": 2, "device": CPU}
+    here = list(folder_data(folder).train.train_batches(**epoch, start=0))
+    random_state = torch.get_rng_state()
+    workers = load(type="folder", path=str(folder), image_size=24, workers=2)
+    there = list(workers.train.train_batches(**epoch, start=2))
+
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert len(there) == len(here) - 2
+    for expected, answer in zip(here[2:], there, strict=True):
+        assert torch.equal(expected.images, answer.images)
+        assert torch.equal(expected.labels, answer.labels)
+
+
+def test_an_unreadable_image_is_named(folder):
+    (folder / "train" / "dog" / "3.png").write_bytes(b"not a picture")
+    data = folder_data(folder, validation_fraction=0.0)
+
+    with pytest.raises(InputError, match=r"train/dog/3.png: cannot be read as an image"):
+        list(data.train.train_batches(batch_size=4, seed=0, epoch=0, start=0, device=CPU))
+
+
+def test_folders_that_do_not_fit_are_explained(folder, tmp_path):
+    (folder / "test" / "dog").rename(folder / "test" / "dig")
+    with pytest.raises(InputError, match=r"only in test/: dig; only in train/: dog"):
+        folder_data(folder)
+    with pytest.raises(InputError, match="no such folder"):
+        folder_data(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"needs train/ and val/ or test/, has cat, dog"):
+        folder_data(folder / "train")

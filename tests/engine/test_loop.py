@@ -1,0 +1,225 @@
+"""The loop: what a step does, what it does not wait for, and what it refuses to learn from."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from cakd_cli.engine import training
+from cakd_cli.engine.loop import Trainer, make_optimizer
+from cakd_cli.engine.run_directory import RunDirectory
+from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.engine.task import Task, weight_at
+from cakd_cli.errors import DivergedError
+from cakd_cli.losses import CrossEntropyTerm
+from cakd_cli.recipe.resolve import resolve
+
+
+class Silent:
+    def note(self, text): ...
+    def start(self, **settings): ...
+    def step(self, **figures): ...
+    def epoch(self, line): ...
+    def end(self): ...
+
+
+@pytest.fixture
+def make_trainer(toy_file, toy_teacher, tmp_path):
+    opened = []
+
+    def make(*words, loss="dkd", **flags):
+        defaults = {
+            "loss": loss,
+            "data": f"tensors:{toy_file}",
+            "model": "resnet8",
+            "teacher": str(toy_teacher),
+            "engine.epochs": 2,
+            "engine.batch_size": 16,
+        }
+        recipe = resolve(["engine.precision=fp32", "engine.device=cpu", *words], defaults | flags)
+        prepared = training.prepare(recipe)
+        task = Task(prepared.student, prepared.teacher, recipe.loss, prepared.data, prepared.hardware)
+        run = RunDirectory.open(tmp_path / f"run{len(opened)}", overwrite=False)
+        opened.append(run)
+        return Trainer(task, prepared.data, prepared.recipe, run, Silent(), StopRequest())
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+def test_the_loop_is_a_plain_pytorch_loop(make_trainer):
+    """Same weights after two epochs as the loop that anyone would write."""
+    # A small rate, so that rounding does not grow from step to step.
+    words = ("optimizer.learning_rate=0.002", "engine.channels_last=false")
+    trainer = make_trainer(*words)
+    trainer.fit()
+
+    other = make_trainer(*words)
+    student, teacher, data = other.task.student, other.task.teacher.model, other.data
+    mean, std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (data.mean, data.std))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=18)
+    student.train()
+    for epoch in range(2):
+        for images, labels in data.train.train_batches(
+            batch_size=16, seed=0, epoch=epoch, start=0, device=torch.device("cpu")
+        ):
+            x = (images.float() / 255 - mean) / std
+            z = student(x)
+            with torch.no_grad():
+                t = teacher(x)
+            p, q = (t / 4).softmax(1), (z / 4).softmax(1)
+            py, qy = p.gather(1, labels[:, None]), q.gather(1, labels[:, None])
+            tckd = (py * (py / qy).log() + (1 - py) * ((1 - py) / (1 - qy)).log()).mean()
+            rest = torch.ones_like(z).scatter(1, labels[:, None], 0).bool()
+            p_rest = t[rest].reshape(16, -1).div(4).log_softmax(1)
+            q_rest = z[rest].reshape(16, -1).div(4).log_softmax(1)
+            nckd = (p_rest.exp() * (p_rest - q_rest)).sum(1).mean()
+            # Warm-up over a twelfth of two epochs: full weight from the first.
+            loss = functional.cross_entropy(z, labels) + 16 * (tckd + 8 * nckd)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+    for (name, ours), theirs in zip(
+        trainer.task.student.state_dict().items(), student.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_no_step_waits_for_the_device(make_trainer, monkeypatch):
+    """On an accelerator every .item(), .tolist() and truth value is a wait: one a logging interval at the most."""
+    calls = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _n=name, _o=original: (calls.append(_n), _o(self, *a))[1]
+        )
+    trainer = make_trainer("engine.log_interval=3")
+    calls.clear()
+
+    trainer._train_epoch()
+
+    assert trainer.step == 9
+    # Steps 3 and 6, and the end of the epoch.
+    assert calls == ["tolist"] * 3
+
+
+def test_accumulated_batches_give_the_gradient_of_the_whole(make_trainer):
+    """Equal but for batch norm, which sees the parts: so it is frozen here."""
+    gradients = []
+    for parts in (1, 4):
+        trainer = make_trainer(f"engine.gradient_accumulation={parts}")
+        trainer.task.student.eval()
+        trainer.task.student.train = lambda mode=True: trainer.task.student
+        trainer.optimizer.step = lambda: gradients.append([p.grad.clone() for p in trainer.parameters])
+        trainer._train_epoch()
+
+    one, four = gradients[0], gradients[9]
+    for whole, summed in zip(one, four, strict=True):
+        torch.testing.assert_close(whole, summed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_value_that_is_not_finite_never_reaches_the_weights(make_trainer, optimizer):
+    trainer = make_trainer(f"optimizer={{type: {optimizer}}}", "engine.log_interval=100")
+    good, weights = trainer.task.loss, []
+
+    def bad(batch, epoch):
+        weights.append([p.detach().clone() for p in trainer.parameters])
+        total, parts = good(batch, epoch)
+        return (total * float("nan"), parts) if trainer.step == 4 else (total, parts)
+
+    trainer.task.loss = bad
+    with pytest.raises(DivergedError, match=r"not finite at step 4 \(epoch 1\)"):
+        trainer.fit()
+
+    assert len(weights) == 9
+    for before, after in zip(weights[4], trainer.parameters, strict=True):
+        assert after.isfinite().all()
+        assert torch.equal(before, after)
+    assert not (trainer.run.path / "checkpoints").exists()
+
+
+def test_a_loss_that_is_finite_with_a_gradient_that_is_not_stops_too(make_trainer):
+    trainer = make_trainer()
+    good = trainer.task.loss
+
+    def bad(batch, epoch):
+        total, parts = good(batch, epoch)
+        return total + (trainer.parameters[0].sum() * 0).sqrt(), parts
+
+    trainer.task.loss = bad
+    with pytest.raises(DivergedError, match="step 0"):
+        trainer.fit()
+
+
+def test_training_too_fast_says_where_it_diverged(cakd, toy_file, tmp_path):
+    result = cakd(
+        "train-teacher",
+        *("--data", f"tensors:{toy_file}", "--model", "resnet8", "--out", tmp_path / "run", "--batch-size", 16),
+        *("optimizer.learning_rate=100", "optimizer.nesterov=false", "optimizer.momentum=0.99", "model=wrn-16-1"),
+        *("optimizer.weight_decay=1", "engine.precision=fp32", "--epochs", 30),
+    )
+
+    assert result.code == 5
+    assert "not finite at step" in result.err
+    assert "hint: lower optimizer.learning_rate" in result.err.replace("\n", " ").replace("  ", " ")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "diverged"
+
+
+def test_the_average_follows_the_weights(make_trainer):
+    trainer = make_trainer("engine.ema_decay=0.5", **{"engine.epochs": 1})
+    expected = None
+    original = trainer.optimizer.step
+
+    def step():
+        nonlocal expected
+        original()
+        now = [p.detach().clone() for p in trainer.parameters]
+        expected = now if expected is None else [0.5 * e + 0.5 * n for e, n in zip(expected, now, strict=True)]
+
+    trainer.optimizer.step = step
+    trainer.fit()
+
+    for mean, parameter in zip(expected, trainer.network.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), mean)
+
+
+def test_terms_are_weighted_summed_and_named(make_trainer):
+    terms = "loss=[{type: cross-entropy, weight: 0.5}, {type: kd, weight: 2}, {type: kd, temperature: 2}]"
+    trainer = make_trainer(terms, loss=None)
+    batch = next(trainer.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=torch.device("cpu")))
+
+    total, parts = trainer.task.loss(batch, 1)
+
+    assert list(parts) == ["loss", "top1", "cross_entropy", "kd", "kd_2"]
+    expected = 0.5 * parts["cross_entropy"] + 2 * parts["kd"] + parts["kd_2"]
+    torch.testing.assert_close(total.detach(), expected)
+
+
+def test_warm_up_counts_epochs_from_one():
+    term = CrossEntropyTerm(weight=2.0, warmup_epochs=20.0)
+
+    assert [weight_at(term, epoch) for epoch in (1, 10, 20, 21)] == pytest.approx([0.1, 1.0, 2.0, 2.0])
+    assert weight_at(CrossEntropyTerm(), 1) == 1
+
+
+def test_teacher_stays_in_eval_mode_and_is_never_trained(make_trainer):
+    trainer = make_trainer()
+    before = {name: tensor.clone() for name, tensor in trainer.task.teacher.model.state_dict().items()}
+    trainer.fit()
+
+    assert not trainer.task.teacher.model.training
+    assert not any(parameter.requires_grad for parameter in trainer.task.teacher.model.parameters())
+    for name, tensor in trainer.task.teacher.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_optimizers_are_fused():
+    recipe = resolve([], {"data": "digits", "model": "resnet8"})
+
+    assert make_optimizer(recipe.optimizer, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["fused"]

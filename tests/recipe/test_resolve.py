@@ -1,0 +1,186 @@
+"""From words to a recipe."""
+
+import pytest
+
+from cakd_cli.errors import RecipeError, UsageError
+from cakd_cli.recipe import strict_yaml
+from cakd_cli.recipe.resolve import resolve
+from cakd_cli.recipe.schema import CosineSchedule, SGDOptions
+
+BASE = {"data": "digits", "model": "resnet8"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def mistakes(words, flags=None):
+    with pytest.raises(RecipeError) as caught:
+        resolve(words, flags or {})
+    return caught.value.message.splitlines()[1:]
+
+
+def test_precedence_is_default_file_word_flag(write):
+    path = write("data: digits\nmodel: resnet8\nseed: 1\nengine: {epochs: 2}\n")
+
+    assert resolve([], BASE).seed == 0
+    assert resolve([path], {}).seed == 1
+    assert resolve([path, "seed=2"], {}).seed == 2
+    assert resolve([path, "seed=2"], {"seed": 3}).seed == 3
+    assert resolve([path, "seed=2"], {"seed": None}).seed == 2
+    assert resolve([path], {}, defaults={"seed": 9}).seed == 1
+    assert resolve([path], {}).engine.epochs == 2
+
+
+def test_a_deeper_key_refines_a_flag():
+    recipe = resolve(
+        ["loss.1.beta=4", "data.validation_fraction=0.2"], BASE | {"loss": "dkd", "teacher": "runs/t"}
+    )
+
+    assert recipe.loss[1].beta == 4
+    assert recipe.data.validation_fraction == 0.2
+
+
+def test_short_forms():
+    recipe = resolve([], {"data": "folder:C:/a:b", "model": "torchvision:resnet18", "teacher": "timm:x", "loss": "kd"})
+
+    assert recipe.data.path == "C:/a:b"
+    assert recipe.model.name == "resnet18"
+    assert not recipe.model.pretrained
+    assert recipe.teacher.pretrained
+    assert [term.type for term in recipe.loss] == ["cross-entropy", "kd"]
+
+
+def test_a_section_without_its_type_keeps_the_default_kind():
+    recipe = resolve(["optimizer.learning_rate=0.3", "schedule.warmup_epochs=2"], BASE)
+
+    assert recipe.optimizer == SGDOptions(learning_rate=0.3)
+    assert recipe.schedule == CosineSchedule(warmup_epochs=2)
+
+
+def test_loss_names_are_the_recipes_own_methods_first(write):
+    path = write("data: digits\nmodel: resnet8\nteacher: t\nmethods:\n  kd: [{type: kd, temperature: 7}]\n")
+
+    assert resolve([path], {"loss": "kd"}).loss[0].temperature == 7
+    assert resolve([path], {"loss": "dkd"}).loss[1].beta == 8
+
+
+def test_published_objectives():
+    flags = BASE | {"teacher": "t", "engine.epochs": 240}
+    kd = resolve([], flags | {"loss": "kd"}).loss
+    dkd = resolve([], flags | {"loss": "dkd"}).loss
+    cakd = resolve([], flags | {"loss": "cakd"}).loss
+
+    assert [(term.weight, term.warmup_epochs) for term in kd] == [(0.1, 0), (0.9, 0)]
+    assert (dkd[1].alpha, dkd[1].beta, dkd[1].temperature, dkd[1].warmup_epochs) == (1, 8, 4, 20)
+    assert (cakd[1].grouping.type, cakd[1].warmup_epochs) == ("label", 20)
+
+
+def test_all_mistakes_at_once_in_the_order_of_the_file(write):
+    path = write(
+        """data: digits
+model: {type: resnet9}
+seed: yes
+engine:
+  epochs: 0
+  batchsize: 3
+loss:
+  - type: cakd
+    temprature: 4
+    warmup_epochs: soon
+    grouping: {type: top-k, k: 0}
+  - {type: dkkd}
+optimizer: {type: sgd, learning_rate: 1e-3x}
+seed: 3
+"""
+    )
+    found = mistakes([path, "engine.precision=fp16", "nonsense.x=1"])
+    places = [line.split(": ")[0].split("/")[-1].strip() for line in found]
+
+    assert places == [
+        *(f"recipe.yaml:{line}" for line in (2, 3, 5, 6, 9, 10, 11, 12, 13, 14)),
+        "engine.precision=fp16",
+        "nonsense.x=1",
+    ]
+    text = "\n".join(found)
+    for expected in (
+        "no 'resnet9' here; did you mean resnet8",
+        "seed: input should be a valid integer, got 'yes'",
+        "engine.epochs: input should be greater than or equal to 1, got 0 (passes over the training split)",
+        "engine.batchsize: unknown key; did you mean batch_size",
+        "loss.0.temprature: unknown key; did you mean temperature?",
+        "loss.0.warmup_epochs: input should be a valid number or input should be 'auto', got 'soon'",
+        "loss.0.grouping.k: input should be greater than or equal to 1, got 0 (number of strong classes)",
+        "loss.1: no 'dkkd' here; did you mean dkd or kd?",
+        "optimizer.learning_rate: input should be a valid number, got '1e-3x'",
+        "seed: given twice, first on line 3",
+        "engine.precision: no 'fp16' here; did you mean bf16?",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "expected"),
+    [
+        ([], {"model": "resnet8"}, "data: is missing (what to look at); give --data"),
+        ([], {"data": "digits"}, "give --model or --student"),
+        ([], BASE | {"data": "digit"}, "--data: data: no 'digit' here; did you mean digits?"),
+        ([], BASE | {"data": "folder"}, "'folder' lacks its path; write folder:PATH"),
+        ([], BASE | {"data": "digits:8"}, "'digits' takes nothing after a colon, got '8'"),
+        ([], BASE | {"loss": "kdd"}, "--loss: loss: no method 'kdd'; did you mean kd or dkd"),
+        ([], BASE | {"loss": "kd"}, "teacher: is missing, and the term kd needs one; give --teacher"),
+        ([], BASE | {"loss": "kd", "teacher": "resnet56"}, "resnet56 has fresh weights"),
+        (["loss.5.weight=1"], BASE, "loss.5.weight=1: loss: there is no entry 5"),
+        (["seed.x=1"], BASE, "seed.x=1: seed"),
+        (["=1"], BASE, "the key is empty"),
+        (["engine..epochs=1"], BASE, "the key is empty"),
+        (["seed=[1"], BASE, "seed=[1: "),
+        (["seed="], BASE, "seed: input should be a valid integer, got None"),
+        (["seed=-1"], BASE, "greater than or equal to 0, got -1"),
+        (["seed=010"], BASE, "got '010'"),
+        (["loss=[]"], BASE, "loss: needs at least one term"),
+        (["loss=3"], BASE, "loss: "),
+        (["engine=3"], BASE, "engine: input should be a valid dictionary or instance of EngineOptions, got 3"),
+        (["engine.epochs=1.5"], BASE, "engine.epochs: input should be a valid integer, got 1.5"),
+        (["optimizer.learning_rate=.nan"], BASE, "finite number, got nan"),
+        (["optimizer.type=adam"], BASE, "optimizer: no 'adam' here; did you mean adamw?"),
+        (["schedule={type: step, milestones: [2]}"], BASE, "schedule.milestones.0: input should be less than 1, got 2"),
+        (["engine.gradient_accumulation=3"], BASE, "must divide the batch size 128, got 3"),
+        (["schedule.warmup_epochs=31"], BASE, "longer than the run of 30 epochs"),
+        (["loss.0.warmup_epochs=99"], BASE, "is 99, longer than the run of 30 epochs; auto is a twelfth"),
+        (["loss=[{type: cross-entropy, label_smoothing: 1}]"], BASE, "loss.0.label_smoothing: input should be less than 1"),
+        (["model.width=2"], BASE, "model.width: unknown key; choose from weights, type"),
+    ],
+)
+def test_one_mistake(words, flags, expected):
+    (line,) = mistakes(words, flags)
+
+    assert expected in line
+
+
+def test_two_recipes_are_a_wrong_word():
+    with pytest.raises(UsageError, match=r"more than one recipe: a, b"):
+        resolve(["a", "b"], {})
+
+
+def test_a_recipe_that_is_not_a_mapping(write):
+    assert "a recipe is a mapping" in mistakes([write("- 1\n")])[0]
+
+
+def test_an_unknown_recipe_is_answered_with_near_ones():
+    with pytest.raises(RecipeError, match=r"did you mean digits/teacher"):
+        resolve(["digits/teachr"], {})
+
+
+def test_what_is_written_is_read_back_unchanged(write):
+    recipe = resolve([], BASE | {"teacher": "1e-3", "loss": "cakd"})
+
+    again = resolve([write(strict_yaml.dump(recipe.model_dump(mode="json")))], {})
+
+    assert again == recipe
