@@ -13,7 +13,8 @@ from cakd_cli.errors import CakdError, ExitCode, InputError
 
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in cakd, 2 a wrong word, 3 a wrong recipe, 4 missing or damaged input, "
-    "5 training diverged, 6 a check failed, 7 hardware, 75 stopped and saved (run again with --resume), 130 interrupted."
+    "5 training diverged, 6 a check failed, 7 hardware, "
+    "75 stopped and saved (run again with --resume), 130 interrupted."
 )
 
 app = typer.Typer(
@@ -238,9 +239,7 @@ def export(
     from cakd_cli.commands import export as command
     from cakd_cli.console import Console
 
-    command.run(
-        run, format=format.value, out=out, console=Console(json_mode=json, quiet=quiet, verbose=verbose)
-    )
+    command.run(run, format=format.value, out=out, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
 
 
 @app.command("list")

@@ -112,7 +112,7 @@ def show_error(error: CakdError, *, json_mode: bool) -> None:
         stderr.print(error.hint, markup=False)
     if json_mode:
         content = {"code": error.code, "message": error.message, "hint": error.hint}
-        sys.stdout.write(json.dumps({"error": content}, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({**error.document, "error": content}, ensure_ascii=False) + "\n")
 
 
 def _duration(seconds: float) -> str:

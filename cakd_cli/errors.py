@@ -10,7 +10,9 @@ CakdError                      1   a bug in cakd when raised as itself
  '- StoppedError              75   stopped on request after a saved checkpoint: run again with --resume
 """
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -34,15 +36,17 @@ class CakdError(Exception):
     Args:
         message: What went wrong, where, and what was given. Lower case, no full stop.
         hint: What to do; a command where one helps.
+        document: What the command found before it failed; JSON output holds it beside the error.
     """
 
     exit_code = ExitCode.INTERNAL
     code = "internal"
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, document: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.document = document or {}
 
 
 class UsageError(CakdError):

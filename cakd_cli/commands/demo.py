@@ -30,7 +30,14 @@ def run(*, out: str, overwrite: bool, console: Console) -> None:
     def do(words: list[str], flags: Mapping[str, Any], *, distil: bool, name: str) -> str:
         path = str(folder / name)
         train(
-            words, flags, distil=distil, out=path, resume=not overwrite, overwrite=overwrite, dry_run=False, console=inner
+            words,
+            flags,
+            distil=distil,
+            out=path,
+            resume=not overwrite,
+            overwrite=overwrite,
+            dry_run=False,
+            console=inner,
         )
         return path
 

@@ -22,4 +22,5 @@ def run(*, console: Console) -> None:
         "precision": f"{machine.precision} ({machine.reasons['engine.precision']})",
         "data_folder": str(default_root()),
     }
-    console.result(facts, lambda stdout: [stdout.print(f"{key}: {value}", markup=False) for key, value in facts.items()])
+    text = "\n".join(f"{key}: {value}" for key, value in facts.items())
+    console.result(facts, lambda stdout: stdout.print(text, markup=False))

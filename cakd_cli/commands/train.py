@@ -59,7 +59,9 @@ def train(
         words = [str(saved), *words]
     recipe = resolve(words, flags, defaults={"loss": "cakd"} if distil else None)
     if not distil and recipe.needs_teacher:
-        raise RecipeError("train-teacher learns from labels alone, but the loss compares with a teacher", hint="cakd distill")
+        raise RecipeError(
+            "train-teacher learns from labels alone, but the loss compares with a teacher", hint="cakd distill"
+        )
     path = Path(out) if out else _default_out(recipe, distil=distil)
     if not dry_run:
         run_directory.check_free(path, resume=resume, overwrite=overwrite)
@@ -74,7 +76,7 @@ def train(
 
 
 def _default_out(recipe: Recipe, *, distil: bool) -> Path:
-    role = next((term.type for term in recipe.loss if term.needs_teacher), "alone") if distil else "teacher"  # type: ignore[attr-defined]
+    role = next((term.type for term in recipe.loss if term.needs_teacher), "alone") if distil else "teacher"
     name = "-".join([recipe.data.label, recipe.model.label, role, f"seed{recipe.seed}"])
     return Path("runs") / name.replace(":", "-").replace("/", "-")
 

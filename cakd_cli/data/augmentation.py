@@ -57,9 +57,7 @@ def draw_views(index_B: Tensor, *, seed: int, epoch: int, padding: int, flip: bo
     return _mix(_mix(index_B & _MASK) ^ epoch_key(seed, epoch)) % num_views(padding, flip)
 
 
-def take_views(
-    padded_NHWC: Tensor, position_B: Tensor, view_B: Tensor, *, padding: int, flip: bool
-) -> Tensor:
+def take_views(padded_NHWC: Tensor, position_B: Tensor, view_B: Tensor, *, padding: int, flip: bool) -> Tensor:
     """Cut the named view out of each image, all in one gather.
 
     Args:

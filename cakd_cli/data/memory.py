@@ -27,9 +27,7 @@ class MemorySplit(Split):
         flip: Whether training images may be mirrored.
     """
 
-    def __init__(
-        self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor, *, padding: int, flip: bool
-    ) -> None:
+    def __init__(self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor, *, padding: int, flip: bool) -> None:
         self.images_NCHW = images_NCHW
         self.labels_N = labels_N
         self.number_N = number_N
@@ -71,9 +69,7 @@ class MemorySplit(Split):
         view_N = draw_views(self.number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
         for batch in range(start, len(self) // batch_size):
             position_B = order_N[batch * batch_size : (batch + 1) * batch_size]
-            images = take_views(
-                self._padded_NHWC, position_B, view_N[position_B], padding=self.padding, flip=self.flip
-            )
+            images = take_views(self._padded_NHWC, position_B, view_N[position_B], padding=self.padding, flip=self.flip)
             yield Batch(images.to(device, non_blocking=True), self.labels_N[position_B].to(device, non_blocking=True))
 
     def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
@@ -176,5 +172,5 @@ def _fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -78,7 +78,11 @@ def _choose_device(name: str, reasons: dict[str, str]) -> torch.device:
         raise HardwareError(f"no such device '{name}'; {here}", hint="cakd env lists the devices") from error
     if device.type == "cpu":
         return device
-    if accelerator is None or device.type != accelerator.type or (device.index or 0) >= torch.accelerator.device_count():
+    if (
+        accelerator is None
+        or device.type != accelerator.type
+        or (device.index or 0) >= torch.accelerator.device_count()
+    ):
         raise HardwareError(f"no device '{name}'; {here}", hint="leave --device out to use what is there")
     return device
 

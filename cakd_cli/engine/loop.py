@@ -124,9 +124,7 @@ class Trainer:
                 means = self._means()
                 seconds = time.perf_counter() - started
                 images_per_second = (self.step - first_step) * engine.batch_size / seconds
-                self.progress.step(
-                    epoch=self.epoch, step=self.step, images_per_second=images_per_second, parts=means
-                )
+                self.progress.step(epoch=self.epoch, step=self.step, images_per_second=images_per_second, parts=means)
                 self._save_if_due()
             if self.step < self.steps_per_epoch:
                 self._stop_if_asked()

@@ -1,10 +1,10 @@
 """Everything a run leaves on disk: atomic, resumable, without pickle.
 
-    recipe.yaml        the whole recipe, nothing automatic
-    run.json           command, versions, hardware, why it ended
-    metrics.jsonl      one line an epoch
-    checkpoints/       epoch-EEEEE-step-SSSSSS/: model, training and best .safetensors, state.json
-    model.safetensors  config.json  README.md      the finished network
+recipe.yaml        the whole recipe, nothing automatic
+run.json           command, versions, hardware, why it ended
+metrics.jsonl      one line an epoch
+checkpoints/       epoch-EEEEE-step-SSSSSS/: model, training and best .safetensors, state.json
+model.safetensors  config.json  README.md      the finished network
 """
 
 import fcntl
@@ -157,9 +157,13 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
     content = [entry.name for entry in path.iterdir() if entry.name != ".lock"] if path.is_dir() else []
     is_run = "recipe.yaml" in content
     if content and not is_run:
-        raise InputError(f"{path} holds files that are not a run's: {content[0]}", hint="choose an empty folder with --out")
+        raise InputError(
+            f"{path} holds files that are not a run's: {content[0]}", hint="choose an empty folder with --out"
+        )
     if is_run and not (resume or overwrite):
-        raise InputError(f"{path} already holds a run", hint="continue it with --resume, or replace it with --overwrite")
+        raise InputError(
+            f"{path} already holds a run", hint="continue it with --resume, or replace it with --overwrite"
+        )
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -70,7 +70,9 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
         name = f"{saved.spec.label} of {spec.path}"
         _check_classes(saved.class_names, data, spec.path)
         if saved.channels != data.channels:
-            raise RecipeError(f"the teacher takes {saved.channels} channels, the images of {data.name} have {data.channels}")
+            raise RecipeError(
+                f"the teacher takes {saved.channels} channels, the images of {data.name} have {data.channels}"
+            )
     else:
         name = spec.label
         if isinstance(spec, ExternalSpec) and spec.pretrained:
@@ -141,7 +143,8 @@ def check_teacher(teacher: Teacher, data: ImageDataSet, hardware: Hardware, *, b
     slack = _TOLERANCE + (3 * (top1 * (1 - top1) / len(split)) ** 0.5 if len(split) == _CHECKED_SAMPLES else 0)
     if recorded is not None and known == same and abs(recorded - top1) > slack:
         raise InputError(
-            f"the teacher {teacher.name} answers {top1:.1%} of {len(split)} held-out images, its run recorded {recorded:.1%}",
+            f"the teacher {teacher.name} answers {top1:.1%} of {len(split)} held-out images, "
+            f"its run recorded {recorded:.1%}",
             hint="its files or the data have changed since it was trained",
         )
     return {"top1": top1, "samples": len(split)}

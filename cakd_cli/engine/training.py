@@ -66,8 +66,8 @@ def prepare(recipe: Recipe) -> Prepared:
             answer = student.eval()(torch.zeros(1, data.channels, *data.image_size))
     except (RuntimeError, ValueError) as error:
         raise RecipeError(
-            f"{recipe.model.label} cannot take images of {data.channels} x {data.image_size[0]} x {data.image_size[1]}: "
-            f"{str(error).splitlines()[0]}"
+            f"{recipe.model.label} cannot take images of "
+            f"{data.channels} x {data.image_size[0]} x {data.image_size[1]}: {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(answer, torch.Tensor) or answer.shape != (1, data.num_classes):
         raise RecipeError(f"{recipe.model.label} does not answer with one logit a class")
@@ -131,9 +131,7 @@ def _size(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]
     return {"parameters": cost.num_parameters(model), "flops_per_image": cost.flops(model, image_shape)}
 
 
-def run(
-    prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progress: Progress
-) -> dict[str, Any]:
+def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
     """Train, or go on training, and leave a finished folder.
 
     Returns:
@@ -152,15 +150,13 @@ def run(
             return finished
     for key, reason in prepared.hardware.reasons.items():
         progress.note(f"{key}: {_value(recipe, key)} ({reason})")
-    checked = None
     if prepared.teacher is not None:
         checked = check_teacher(
             prepared.teacher, prepared.data, prepared.hardware, batch_size=recipe.engine.evaluation_batch_size
         )
+        images = "held-out" if prepared.data.validation else "training"
         progress.note(
-            f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} images it may not have seen"
-            if prepared.data.validation
-            else f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} training images"
+            f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images"
         )
     directory = RunDirectory.open(out, overwrite=overwrite)
     try:
@@ -257,7 +253,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
             "test": len(data.test),
         },
         "model": {"name": recipe.model.label, "parameters": cost.num_parameters(prepared.student)},
-        "loss": " + ".join(f"{term.weight:g} {term.type}" for term in recipe.loss),  # type: ignore[attr-defined]
+        "loss": " + ".join(f"{term.weight:g} {term.type}" for term in recipe.loss),
         "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
     }
 

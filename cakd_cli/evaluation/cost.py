@@ -24,7 +24,7 @@ def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.eval()(image)
     model.train(was_training)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardware, batch_size: int) -> dict[str, Any]:
@@ -48,7 +48,12 @@ def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardw
             _wait(hardware.device)
             times.append(1000 * (time.perf_counter() - before))
     quartiles = statistics.quantiles(times, n=4)
-    return {"batch_size": batch_size, "median_ms": quartiles[1], "quartiles_ms": [quartiles[0], quartiles[2]], "n": len(times)}
+    return {
+        "batch_size": batch_size,
+        "median_ms": quartiles[1],
+        "quartiles_ms": [quartiles[0], quartiles[2]],
+        "n": len(times),
+    }
 
 
 def _wait(device: torch.device) -> None:

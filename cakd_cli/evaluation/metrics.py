@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from cakd_cli.losses import decouple, grouping
 
-# Fidelity is measured at the temperature that the literature distils with: at 1 a sure teacher hides its second thoughts.
+# The temperature that the literature distils with: at 1 a sure teacher hides its second thoughts.
 FIDELITY_TEMPERATURE = 4.0
 
 
@@ -49,8 +49,8 @@ def fidelity(student_NC: Tensor, teacher_NC: Tensor) -> dict[str, float]:
     """What the student has and has not learnt of its teacher.
 
     ``agreement`` is the share of samples with one answer. The rest is at temperature 4, in nats, without the factor
-    temperature squared: ``kl`` = KL(teacher || student) = ``bcd`` + p_s ``scd`` + p_w ``wcd`` sample by sample, where the
-    strong classes are the teacher's top five (half of them if there are fewer than ten) and ``strong_mass`` is p_s.
+    temperature squared: ``kl`` = KL(teacher || student) = ``bcd`` + p_s ``scd`` + p_w ``wcd`` sample by sample, where
+    the strong classes are the teacher's top five (half of all if there are fewer than ten) and ``strong_mass`` is p_s.
     """
     num_classes = student_NC.shape[1]
     strong_NC = grouping.top_k(teacher_NC, min(5, max(1, num_classes // 2)))

@@ -37,8 +37,7 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tens
     Raises:
         CheckFailedError: If a logit differs by more than 1e-4 of the largest, or an answer in 200.
     """
-    sizes = [1, 64] + [images.shape[0]]
-    parts = [part for part in images.tensor_split(sorted({min(s, len(images)) for s in sizes})) if len(part)]
+    parts = [part for part in images.tensor_split([1, 64]) if len(part)]
     with torch.inference_mode():
         expected_NC = torch.cat([model.eval()(part) for part in parts])
         answered_NC = torch.cat([exported(part) for part in parts])
@@ -47,7 +46,7 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tens
     # Written so that a NaN fails as well.
     if not (largest <= limit and agreement >= LEAST_AGREEMENT):
         raise CheckFailedError(
-            f"the exported file answers differently: largest difference of a logit {largest:.1e} (at most {limit:.1e}), "
-            f"top-1 agreement {agreement:.1%} on {len(images)} images; nothing was written"
+            f"the exported file answers differently: largest difference of a logit {largest:.1e} "
+            f"(at most {limit:.1e}), top-1 agreement {agreement:.1%} on {len(images)} images; nothing was written"
         )
     return {"samples": len(images), "largest_difference": largest, "agreement": agreement}

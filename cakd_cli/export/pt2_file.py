@@ -37,5 +37,4 @@ def reload(path: Path) -> Callable[[Tensor], Tensor]:
     """Open the file as another program would."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = torch.export.load(path).module()
-    return module
+        return torch.export.load(path).module()

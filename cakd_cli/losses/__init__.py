@@ -10,8 +10,8 @@ from pydantic import Field
 
 from cakd_cli.losses.base import LossOutput, LossTerm
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
-from cakd_cli.losses.decoupling import Decoupling, decouple
 from cakd_cli.losses.decoupled import DKDTerm, dkd
+from cakd_cli.losses.decoupling import Decoupling, decouple
 from cakd_cli.losses.knowledge_distillation import KDTerm, kd
 from cakd_cli.losses.supervised import CrossEntropyTerm, cross_entropy
 

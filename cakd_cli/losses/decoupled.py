@@ -54,6 +54,4 @@ class DKDTerm(TeacherTerm):
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
-        return dkd(
-            student_BC, teacher_BC, target_B, temperature=self.temperature, alpha=self.alpha, beta=self.beta
-        )
+        return dkd(student_BC, teacher_BC, target_B, temperature=self.temperature, alpha=self.alpha, beta=self.beta)

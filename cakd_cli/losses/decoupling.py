@@ -1,6 +1,7 @@
 """The theorem that every method of the KL family stands on.
 
-Split the classes of a sample into groups g. With b_g the probability mass of a group and p^_g the distribution inside it
+Split the classes of a sample into groups g. With b_g the probability mass of a group and p^_g the distribution
+inside it
 
     KL(p || q) = KL(b || b') + sum_g b_g KL(p^_g || p^'_g)
 

@@ -113,6 +113,4 @@ class ThresholdGrouping(_Grouping):
         return threshold(teacher_BC, self.probability, temperature=temperature)
 
 
-Grouping = Annotated[
-    LabelGrouping | TopKGrouping | TopMassGrouping | ThresholdGrouping, Field(discriminator="type")
-]
+Grouping = Annotated[LabelGrouping | TopKGrouping | TopMassGrouping | ThresholdGrouping, Field(discriminator="type")]

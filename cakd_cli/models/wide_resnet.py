@@ -1,6 +1,7 @@
 """Wide ResNets: Zagoruyko and Komodakis, arXiv 1605.07146.
 
-Parameter names follow RepDistiller (b84f547) and mdistiller (a08d46f): their weights load here and give the same logits.
+Parameter names follow RepDistiller (b84f547) and mdistiller (a08d46f): their weights load here and give the same
+logits.
 """
 
 from typing import Literal, cast

@@ -58,9 +58,7 @@ def _line_number(origin: str) -> float:
     return int(number) if number.isdigit() else float("inf")
 
 
-def resolve(
-    words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
-) -> Recipe:
+def resolve(words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> Recipe:
     """Make a recipe from what a user typed.
 
     Args:
@@ -110,9 +108,7 @@ def _flag_name(dotted: str) -> str:
 def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
-        raise UsageError(
-            f"more than one recipe: {', '.join(names)}", hint="give one recipe, and settings as KEY=VALUE"
-        )
+        raise UsageError(f"more than one recipe: {', '.join(names)}", hint="give one recipe, and settings as KEY=VALUE")
     return names, [word for word in words if "=" in word]
 
 
@@ -297,7 +293,7 @@ def _section_at(keys: Keys, raw: Any) -> type[BaseModel] | None:
     section: type[BaseModel] = Recipe
     candidates: list[type[BaseModel]] = []
     for key in keys:
-        raw = raw[key] if isinstance(raw, dict | list) else None
+        raw = _value_at((key,), raw) if isinstance(raw, dict | list) else None
         if isinstance(key, str):
             if key not in section.model_fields:
                 return None
@@ -337,11 +333,13 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
         wrong(("loss",), "needs at least one term")
     if recipe.needs_teacher and recipe.teacher is None:
         term = next(term for term in recipe.loss if term.needs_teacher)
-        wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")  # type: ignore[attr-defined]
+        wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")
     if isinstance(recipe.teacher, models.ModelSpec) and not (
         recipe.teacher.weights or getattr(recipe.teacher, "pretrained", False)
     ):
-        wrong(("teacher",), f"{recipe.teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory")
+        wrong(
+            ("teacher",), f"{recipe.teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory"
+        )
     if engine.batch_size % engine.gradient_accumulation:
         wrong(
             ("engine", "gradient_accumulation"),

@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cakd_cli.data import DataOptions
 from cakd_cli.losses import LossOptions
-from cakd_cli.models import ResNetSpec, TimmSpec, TorchvisionSpec, WideResNetSpec
 from cakd_cli.models import ModelOptions as ModelOptions
+from cakd_cli.models import ResNetSpec, TimmSpec, TorchvisionSpec, WideResNetSpec
 
 
 class Section(BaseModel):
@@ -83,7 +83,9 @@ class EngineOptions(Section):
     """How the run runs."""
 
     epochs: int = Field(30, ge=1, le=100_000, description="passes over the training split")
-    batch_size: int = Field(128, ge=1, le=1_000_000, description="images an optimizer step; an incomplete batch is left out")
+    batch_size: int = Field(
+        128, ge=1, le=1_000_000, description="images an optimizer step; an incomplete batch is left out"
+    )
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="parts into which a batch is cut to save memory")
     device: str = Field("auto", description="auto, cpu, or a name such as cuda, cuda:1, mps, xpu")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the networks; losses are always fp32")
@@ -102,9 +104,7 @@ class Recipe(Section):
     data: DataOptions = Field(description="what to look at")
     model: ModelOptions = Field(description="the network that learns: the student, or the teacher in train-teacher")
     teacher: TeacherOptions | None = Field(None, description="the network to learn from")
-    loss: tuple[LossOptions, ...] = Field(
-        strict=False, description="terms of the loss, summed"
-    )
+    loss: tuple[LossOptions, ...] = Field(strict=False, description="terms of the loss, summed")
     optimizer: Annotated[SGDOptions | AdamWOptions, Field(discriminator="type")] = Field(default_factory=SGDOptions)
     schedule: Annotated[CosineSchedule | StepSchedule | ConstantSchedule, Field(discriminator="type")] = Field(
         default_factory=CosineSchedule

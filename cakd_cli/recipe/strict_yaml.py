@@ -1,7 +1,7 @@
 """YAML read strictly: what a person sees is what a program gets.
 
-Differences from PyYAML's default, which is YAML 1.1: ``1e-3`` is a number; ``yes``, ``on``, ``010``, ``12:30`` and dates
-are strings; a key given twice, an anchor, an alias or a tag is an error. Nothing is executed.
+Differences from PyYAML's default, which is YAML 1.1: ``1e-3`` is a number; ``yes``, ``on``, ``010``, ``12:30`` and
+dates are strings; a key given twice, an anchor, an alias or a tag is an error. Nothing is executed.
 """
 
 import re
@@ -18,7 +18,9 @@ _RESOLVERS = (
     ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.inf|\.nan|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?)$"),
+        re.compile(
+            r"^[-+]?(\.inf|\.nan|[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?)$"
+        ),
         list("-+.0123456789"),
     ),
 )
@@ -26,11 +28,11 @@ _MAPPING, _SEQUENCE = "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML declares it so
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML declares it so
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -73,7 +75,7 @@ def parse(text: str) -> Document:
         what = getattr(error, "problem", None) or "not readable as YAML"
         document.problems.append((mark.line + 1 if mark else 1, what))
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     return document
 
 
@@ -92,7 +94,7 @@ def _build(node: yaml.Node, path: Path, document: Document, loader: _Loader, see
         "tag:yaml.org,2002:str",
         *(tag for tag, _, _ in _RESOLVERS),
     }:
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node)
     document.problems.append((line, f"the tag {node.tag} is not supported"))
     return None
 

@@ -36,7 +36,8 @@ def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
 
 
 def _network(size: Mapping[str, Any]) -> str:
-    return f"{size['name']}: {size['parameters']:,} parameters, {count(size['flops_per_image'])}FLOP an image (2 per multiply-add)"
+    flops = count(size["flops_per_image"])
+    return f"{size['name']}: {size['parameters']:,} parameters, {flops}FLOP an image (2 per multiply-add)"
 
 
 def _reason(plan: Mapping[str, Any], key: str) -> str:
@@ -101,9 +102,7 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
             f"  WCD {values['wcd']:.4f}  inside the weak classes",
             markup=False,
         )
-    worst = sorted(
-        (share, name) for name, share in report["per_class"].items() if share is not None
-    )[:5]
+    worst = sorted((share, name) for name, share in report["per_class"].items() if share is not None)[:5]
     stdout.print(
         "\nleast recognised classes: " + ", ".join(f"{name} {share:.1%}" for share, name in worst), markup=False
     )
@@ -123,10 +122,11 @@ def comparison(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def _spread(figure: Sequence[float | None] | None, *, percent: bool) -> str:
-    if figure is None or figure[0] is None:
+    if figure is None:
         return ""
     scale, style = (100, "{:.1f}") if percent else (1, "{:.3f}")
     mean, deviation = figure
+    assert mean is not None
     # The deviation of small figures would not fit 80 columns; it is in the JSON.
     spread = f"±{style.format(scale * deviation)}" if percent and deviation is not None else ""
     return style.format(scale * mean) + spread

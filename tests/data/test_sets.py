@@ -66,9 +66,7 @@ def test_normalisation_is_measured_on_the_training_images(tmp_path):
     data = load(type="tensors", path=str(path))
 
     torch.testing.assert_close(torch.tensor(data.mean).double(), pixels.mean((0, 2, 3)), atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        torch.tensor(data.std).double(), pixels.std((0, 2, 3), correction=0), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(torch.tensor(data.std).double(), pixels.std((0, 2, 3), correction=0), atol=1e-6, rtol=0)
 
 
 def test_an_epoch_shows_every_sample_once_and_resumes_in_the_middle(toy_file):

@@ -114,8 +114,9 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(make_trainer):
     for parts in (1, 4):
         trainer = make_trainer(f"engine.gradient_accumulation={parts}")
         trainer.task.student.eval()
-        trainer.task.student.train = lambda mode=True: trainer.task.student
-        trainer.optimizer.step = lambda: gradients.append([p.grad.clone() for p in trainer.parameters])
+        trainer.task.student.train = lambda mode=True: None
+        parameters = trainer.parameters
+        trainer.optimizer.step = lambda p=parameters: gradients.append([x.grad.clone() for x in p])
         trainer._train_epoch()
 
     one, four = gradients[0], gradients[9]

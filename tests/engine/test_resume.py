@@ -57,7 +57,9 @@ class Killed(BaseException):
 
 # 9 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
 @pytest.mark.parametrize("moment", [0, 3, 9, 13, 18, 26])
-@pytest.mark.parametrize("settings", [(), ("engine.ema_decay=0.9", "optimizer={type: adamw}")], ids=["sgd", "adamw ema"])
+@pytest.mark.parametrize(
+    "settings", [(), ("engine.ema_decay=0.9", "optimizer={type: adamw}")], ids=["sgd", "adamw ema"]
+)
 def test_killed_after_any_step(cakd, words, tmp_path, monkeypatch, moment, settings):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert cakd(*words, *settings, "--out", straight).code == 0
@@ -128,7 +130,6 @@ def wait_for(condition, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
 
 
 def test_first_signal_saves_and_second_process_resumes(words, toy_file, tmp_path):

@@ -9,7 +9,6 @@ from tests.losses import reference
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
-
 @DTYPES
 @pytest.mark.parametrize("name", reference.cases("KD"))
 def test_kd(name, dtype):

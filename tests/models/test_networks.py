@@ -19,8 +19,10 @@ OWN = [name for name in models.names() if name not in ("torchvision", "timm")]
 
 
 def build(name: str, in_channels: int = 3, num_classes: int = 100) -> torch.nn.Module:
-    return TypeAdapter(ModelOptions).validate_python({"type": name}).build(
-        in_channels=in_channels, num_classes=num_classes
+    return (
+        TypeAdapter(ModelOptions)
+        .validate_python({"type": name})
+        .build(in_channels=in_channels, num_classes=num_classes)
     )
 
 
@@ -48,7 +50,7 @@ def reference_weights(name: str) -> dict[str, torch.Tensor]:
             value = torch.zeros((), dtype=torch.long)
         elif len(shape) >= 2:
             value = value * (6 / size[1:].numel()) ** 0.5
-        elif key.endswith("running_mean") or key.endswith("bias"):
+        elif key.endswith(("running_mean", "bias")):
             value = 0.1 * value
         elif key.endswith("running_var"):
             value = 1 + 0.2 * value

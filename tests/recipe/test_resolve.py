@@ -39,9 +39,7 @@ def test_precedence_is_default_file_word_flag(write):
 
 
 def test_a_deeper_key_refines_a_flag():
-    recipe = resolve(
-        ["loss.1.beta=4", "data.validation_fraction=0.2"], BASE | {"loss": "dkd", "teacher": "runs/t"}
-    )
+    recipe = resolve(["loss.1.beta=4", "data.validation_fraction=0.2"], BASE | {"loss": "dkd", "teacher": "runs/t"})
 
     assert recipe.loss[1].beta == 4
     assert recipe.data.validation_fraction == 0.2
@@ -154,7 +152,11 @@ seed: 3
         (["engine.gradient_accumulation=3"], BASE, "must divide the batch size 128, got 3"),
         (["schedule.warmup_epochs=31"], BASE, "longer than the run of 30 epochs"),
         (["loss.0.warmup_epochs=99"], BASE, "is 99, longer than the run of 30 epochs; auto is a twelfth"),
-        (["loss=[{type: cross-entropy, label_smoothing: 1}]"], BASE, "loss.0.label_smoothing: input should be less than 1"),
+        (
+            ["loss=[{type: cross-entropy, label_smoothing: 1}]"],
+            BASE,
+            "loss.0.label_smoothing: input should be less than 1",
+        ),
         (["model.width=2"], BASE, "model.width: unknown key; choose from weights, type"),
     ],
 )

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes a table of README.md again: one teacher, then students by four losses and several seeds.
+#
+#   bash recipes/evidence/compare.sh fashion-mnist runs/fashion-mnist --data-root FOLDER
+#   bash recipes/evidence/compare.sh glyphs100 runs/glyphs100 --data tensors:glyphs100.safetensors
+#
+# SEEDS="0 1 2" says which seeds, JOBS=4 how many students train at a time. Killed, it goes on where it was.
+set -euo pipefail
+name=$1 out=$2
+shift 2
+here=$(dirname "$0")
+cakd train-teacher "evidence/$name-teacher" "$@" --out "$out/teacher" --resume -q
+student() {
+    name=$1 out=$2 loss=$3 seed=$4
+    shift 4
+    cakd distill "evidence/$name-student" "$@" --teacher "$out/teacher" --loss "$loss" --seed "$seed" \
+        --out "$out/$loss-$seed" --resume -q
+    cakd eval "$out/$loss-$seed" --teacher "$out/teacher" --json > "$out/$loss-$seed.json"
+}
+export -f student
+for loss in cross-entropy kd dkd cakd; do
+    for seed in ${SEEDS:-0 1 2}; do
+        printf '%s\0' "$loss $seed"
+    done
+done | xargs -0 -P "${JOBS:-1}" -I{} bash -euc 'set -- "$@"; job=($1); shift; student "$1" "$2" "${job[@]}" "${@:3}"' \
+    student {} "$name" "$out" "$@"
+cakd export "$out/cakd-0" --format onnx
+python3 "$here/summary.py" "$out"

@@ -1,0 +1,433 @@
+"""The command line: its words, its streams, its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from cakd_cli import app as app_module
+from cakd_cli.app import app
+from cakd_cli.commands import demo
+from cakd_cli.errors import CakdError, ExitCode
+from tests.conftest import write_tensors_file
+
+COMMON_TRAIN = {
+    *("--data", "--data-root", "--out", "--epochs", "--seed", "--device", "--batch-size"),
+    *("--resume", "--overwrite", "--dry-run", "--json", "-q", "--quiet", "-v", "--verbose"),
+}
+FLAGS = {
+    "": {"--version"},
+    "demo": {"--out", "--overwrite", "--json", "-q", "--quiet", "-v", "--verbose"},
+    "train-teacher": COMMON_TRAIN | {"--model"},
+    "distill": COMMON_TRAIN | {"--teacher", "--student", "--loss"},
+    "eval": {
+        *("--data", "--data-root", "--split", "--teacher", "--min-top1", "--device", "--batch-size"),
+        *("--json", "-q", "--quiet", "-v", "--verbose"),
+    },
+    "export": {"--format", "--out", "--json", "-q", "--quiet", "-v", "--verbose"},
+    "list": {"--json"},
+    "env": {"--json"},
+    "recipes list": {"--json"},
+    "recipes show": set(),
+    "recipes copy": set(),
+}
+
+
+def commands(group, prefix=""):
+    yield prefix, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{prefix} {name}".strip())
+
+
+def test_the_set_of_flags_is_frozen():
+    """A recipe key carries everything else. To add a flag, change this test and say why in the changelog."""
+    found = {
+        name: {flag for parameter in command.params for flag in parameter.opts if flag.startswith("-")}
+        for name, command in commands(typer.main.get_command(app))
+        if name != "recipes"
+    }
+    found[""] -= {"--install-completion", "--show-completion"}
+
+    assert found == FLAGS
+
+
+HEAVY = ("torch", "torchvision", "torchmetrics", "yaml", "safetensors")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["distill", "--help"], ["recipes", "list"]])
+def test_help_does_not_wait_for_torch(words):
+    code = (
+        "import sys; from cakd_cli.app import main\n"
+        f"sys.argv = ['cakd', *{words!r}]\n"
+        "try: main()\n"
+        f"except SystemExit as stop: print(stop.code, [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_help_says_the_exit_codes(cakd):
+    help_text = " ".join(cakd("--help").out.split())
+
+    for code in ExitCode:
+        assert f"{code.value} " in help_text
+    assert set(FLAGS) - {"", "recipes list", "recipes show", "recipes copy"} <= set(help_text.split())
+
+
+def test_error_classes_have_the_documented_codes():
+    def all_below(kind):
+        return [kind, *(found for child in kind.__subclasses__() for found in all_below(child))]
+
+    tree = __import__("cakd_cli.errors", fromlist=["errors"]).__doc__
+    for kind in all_below(CakdError):
+        (line,) = [line for line in tree.splitlines() if kind.__name__ in line]
+        assert line.split(kind.__name__)[1].split()[0] == str(kind.exit_code.value)
+
+
+def test_json_alone_reaches_stdout(toy_teacher):
+    """cakd eval R --json 2>/dev/null | python -m json.tool."""
+    command = f"{sys.executable} -m cakd_cli.app eval {toy_teacher} --json 2>/dev/null | {sys.executable} -m json.tool"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["quality"]["top1"] > 0
+
+
+def test_a_failing_command_still_ends_with_json(cakd):
+    result = cakd("eval", "nowhere", "--json")
+
+    assert result.code == 4
+    assert json.loads(result.out.splitlines()[-1])["error"]["code"] == "input"
+    assert "error: no such run directory: nowhere" in result.err
+    assert "\nhint: " in result.err
+
+
+def test_quiet_says_only_the_result(cakd, toy_file, tmp_path):
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--epochs", 1, "--batch-size", 16)
+    result = cakd(*words, "--out", tmp_path / "run", "-q")
+
+    assert result.err == ""
+    assert len(result.out.splitlines()) == 1
+
+
+def test_one_line_an_epoch_without_a_terminal(cakd, toy_file, tmp_path):
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--epochs", 2, "--batch-size", 16)
+    lines = [line for line in cakd(*words, "--out", tmp_path / "run").err.splitlines() if line.startswith("epoch")]
+
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"]
+    for word in ("loss", "cross_entropy", "held-out top-1", "images/s", "left"):
+        assert word in lines[0]
+
+
+def test_verbose_shows_the_whole_recipe(cakd, toy_file, tmp_path):
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--epochs", 1, "--batch-size", 16)
+
+    assert "gradient_accumulation: 1" in cakd(*words, "--out", tmp_path / "run", "-v").err
+
+
+def test_dry_run_plans_and_writes_nothing(cakd, toy_file, toy_teacher, tmp_path):
+    words = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
+    result = cakd(*words, "--loss", "cakd", "--batch-size", 16, "--out", tmp_path / "run", "--dry-run", "--json")
+
+    plan = result.document
+    assert plan["steps"] == 30 * 9
+    assert plan["student"]["parameters"] == plan["teacher"]["parameters"] == 77364
+    assert plan["student"]["flops_per_image"] > 1e6
+    assert plan["training_memory_bytes"] > 3 * 4 * 77364
+    assert set(plan["chosen"]) == {"engine.device", "engine.precision"}
+    assert not (tmp_path / "run").exists()
+    text = cakd(*words, "--batch-size", 16, "--dry-run").out
+    for word in ("parameters", "FLOP", "steps", "memory", "device", "precision", "auto:"):
+        assert word in text
+
+
+def test_by_default_a_run_has_a_name_of_its_own(cakd, toy_file, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
+
+    assert cakd(*words, "--loss", "dkd", "--batch-size", 16, "--epochs", 1).code == 0
+    assert (tmp_path / "runs" / "toy-resnet8-dkd-seed0" / "model.safetensors").is_file()
+
+
+def test_a_run_directory_holds_what_design_promises(toy_teacher):
+    names = {path.name for path in toy_teacher.iterdir()}
+    facts = json.loads((toy_teacher / "run.json").read_text())
+
+    assert names == {
+        *("recipe.yaml", "run.json", "metrics.jsonl", "model.safetensors", "config.json", "README.md", ".lock")
+    }
+    assert "auto" not in (toy_teacher / "recipe.yaml").read_text()
+    for key in ("command", "versions", "hardware", "seed", "started_at", "finished_at", "ended", "metrics", "data"):
+        assert key in facts
+    assert facts["ended"] == "completed"
+
+
+def test_lists(cakd):
+    for what, expected in (("models", "wrn-16-2"), ("losses", "cakd"), ("data", "tensors:PATH")):
+        rows = cakd("list", what, "--json").document
+        assert expected in [row["name"] for row in rows]
+        assert all(row["summary"] for row in rows)
+        assert expected in cakd("list", what).out
+
+
+def test_env(cakd):
+    facts = cakd("env", "--json").document
+
+    assert facts["torch"] == torch.__version__.partition("+")[0]
+    assert facts["device"]
+
+
+def test_recipes_are_listed_shown_and_copied(cakd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [row["name"] for row in cakd("recipes", "list", "--json").document]
+
+    assert "digits/student" in names
+    assert "methods:" in cakd("recipes", "show", "digits/student").out
+    assert cakd("recipes", "copy", "digits/student").code == 0
+    assert (tmp_path / "student.yaml").read_text() == cakd("recipes", "show", "digits/student").out
+    again = cakd("recipes", "copy", "digits/student")
+    assert (again.code, "student.yaml exists" in again.err) == (4, True)
+
+
+def test_two_small_networks_by_three_losses_on_a_folder_and_back(cakd, tmp_path):
+    """The practitioner's way: a folder of images, a torchvision network, ONNX."""
+    from PIL import Image
+
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40 + i, 36), colour).save(tmp_path / "images" / part / name / f"{i}.jpg")
+    data = ("--data", f"folder:{tmp_path / 'images'}", "data.image_size=32", "data.workers=0", "--batch-size", 6)
+    data += ("optimizer.learning_rate=0.02", "engine.precision=fp32")
+
+    teacher = cakd("train-teacher", *data, "--model", "resnet8", "--epochs", 8, "--out", tmp_path / "teacher")
+    assert teacher.code == 0, teacher.err
+    student = cakd(
+        *("distill", *data, "--teacher", tmp_path / "teacher", "--student", "torchvision:mobilenet_v3_small"),
+        *("--loss", "kd", "--epochs", 2, "--out", tmp_path / "student"),
+    )
+    assert student.code == 0, student.err
+    assert cakd("eval", tmp_path / "student", "--teacher", tmp_path / "teacher").code == 0
+    assert cakd("export", tmp_path / "student", "--format", "onnx").code == 0
+
+
+def test_demo(cakd, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
+    result = cakd("demo", "--out", tmp_path / "demo", "--json")
+
+    assert result.code == 0, result.err
+    rows = {row["name"]: row for row in result.document["rows"]}
+    assert list(rows) == ["teacher", "student alone", "student, kd", "student, dkd", "student, cakd"]
+    for name, row in rows.items():
+        assert row["top1"][0] > 0.9, name
+    assert rows["teacher"]["parameters"] > 8 * rows["student, cakd"]["parameters"]
+    # Fidelity is what distillation is for; on so few images accuracy is not what a test can hold.
+    for name in ("student, kd", "student, dkd", "student, cakd"):
+        assert rows[name]["wcd"][0] < rows["student alone"]["wcd"][0] / 2
+    assert result.document["export"]["agreement"] == 1
+    assert (tmp_path / "demo" / "cakd-seed0" / "model.onnx").is_file()
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory, toy_file, toy_teacher):
+    """A folder full of things that do not fit."""
+    root = tmp_path_factory.mktemp("wrong")
+    write_tensors_file(root / "five.safetensors", classes=5)
+    write_tensors_file(root / "renamed.safetensors", names=False)
+    write_tensors_file(root / "colour.safetensors", channels=3)
+    (root / "cut.safetensors").write_bytes(toy_file.read_bytes()[:500])
+    (root / "data.safetensors.xz").write_bytes(b"xz")
+    (root / "data.npz").write_bytes(b"npz")
+    (root / "broken.yaml").write_text("data: [digits\n")
+    (root / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (root / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (root / "code.yaml").write_text("data: !!python/name:os.system\n")
+    (root / "other").mkdir()
+    (root / "other" / "thesis.tex").write_text("precious")
+    (root / "empty").mkdir()
+    (root / "file").write_text("a file")
+    (root / "unfinished").mkdir()
+    (root / "unfinished" / "recipe.yaml").write_text("data: digits\nmodel: resnet8\n")
+    for name in ("no-config", "bad-config", "cut-weights", "guessing"):
+        (root / name).mkdir()
+        for file in ("recipe.yaml", "config.json", "model.safetensors"):
+            (root / name / file).write_bytes((toy_teacher / file).read_bytes())
+    (root / "no-config" / "config.json").unlink()
+    (root / "bad-config" / "config.json").write_text('{"architecture": "resnet18"}')
+    weights = root / "cut-weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    untrained = subprocess.run(
+        [
+            *(sys.executable, "-m", "cakd_cli.app", "train-teacher", "--data", f"tensors:{toy_file}", "--model"),
+            *("resnet8", "--epochs", "1", "--batch-size", "16", "--overwrite", "--out", str(root / "untrained")),
+            *("optimizer.learning_rate=1e-9", "engine.precision=fp32", "--device", "cpu"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    assert untrained.returncode == 0
+    torch.save({"state_dict": "nothing"}, root / "nothing.pth")
+    return root
+
+
+TOY = ("--data", "tensors:{toy}", "--batch-size", "16", "--epochs", "1")
+DISTIL = ("distill", *TOY, "--student", "resnet8")
+ON = ("distill", "--student", "resnet8", "--batch-size", "16", "--teacher", "{teacher}", "--data")
+EVAL_ON = ("eval", "{teacher}", "--data")
+TRAIN_ON = ("train-teacher", "--model", "resnet8", "--data")
+INTO = (*DISTIL, "--teacher", "{teacher}", "--out")
+
+# (exit code, what the message must say, the words)
+WRONG = [
+    (2, "No such command 'distil'", ("distil",)),
+    (2, "No such option", ("distill", "--temperature", "4")),
+    (2, "Invalid value for '--epochs': Input should be a valid integer", ("distill", "--epochs", "many")),
+    (2, "more than one recipe", ("distill", "digits/student", "digits/teacher")),
+    (2, "Missing argument 'RUN'", ("eval",)),
+    (2, "Missing option '--format'", ("export", "{teacher}")),
+    (2, "is not one of", ("export", "{teacher}", "--format", "tflite")),
+    (2, "is not one of", ("eval", "{teacher}", "--split", "all")),
+    (
+        2,
+        "Invalid value for '--min-top1': Input should be less than or equal to 1",
+        ("eval", "{teacher}", "--min-top1", "97.5"),
+    ),
+    (2, "is not one of", ("list", "optimizers")),
+    (3, "no recipe 'digits/studnet'", ("distill", "digits/studnet")),
+    (3, "broken.yaml:2: expected", ("distill", "{wrong}/broken.yaml", *DISTIL[1:])),
+    (3, "seed: given twice, first on line 1", ("distill", "{wrong}/twice.yaml", *DISTIL[1:])),
+    (3, "cannot read the recipe", ("distill", "{wrong}/binary.yaml")),
+    (3, "tag", ("distill", "{wrong}/code.yaml")),
+    (3, "data: is missing", ("train-teacher", "--model", "resnet8")),
+    (3, "model: is missing", ("train-teacher", "--data", "digits")),
+    (3, "no 'resnt8' here; did you mean resnet8", ("train-teacher", "--data", "digits", "--model", "resnt8")),
+    (3, "no method 'cakdd'; did you mean cakd", (*DISTIL, "--teacher", "{teacher}", "--loss", "cakdd")),
+    (3, "the term cakd needs one; give --teacher", DISTIL),
+    (3, "learns from labels alone", ("train-teacher", *TOY, "--model", "resnet8", "loss=kd", "teacher={teacher}")),
+    (3, "input should be greater than 0, got -4", (*DISTIL, "--teacher", "{teacher}", "loss.1.temperature=-4")),
+    (3, "engine.epochs: input should be greater than or equal to 1, got 0", (*DISTIL, "--epochs", "0")),
+    (3, "unknown key", (*DISTIL, "--teacher", "{teacher}", "engine.batchsize=3")),
+    (3, "more than the 144 training images", (*DISTIL, "--teacher", "{teacher}", "--batch-size", "500")),
+    (
+        3,
+        "--data-root: data.root: unknown key",
+        ("train-teacher", "--data", "digits", "--data-root", "/x", "--model", "resnet8"),
+    ),
+    (3, "takes 3 channels, the images have 1", ("train-teacher", *TOY, "--model", "torchvision:resnet18")),
+    (3, "no classifier 'resnet19'", ("train-teacher", *TOY, "--model", "torchvision:resnet19")),
+    (3, "exclude each other", ("train-teacher", *TOY, "--model", "resnet8", "--resume", "--overwrite")),
+    (3, "knows 4 classes, five has 5", (*ON, "tensors:{wrong}/five.safetensors")),
+    (3, "name their classes differently", (*ON, "tensors:{wrong}/renamed.safetensors")),
+    (3, "the teacher takes 1 channels", (*ON, "tensors:{wrong}/colour.safetensors")),
+    (3, "knows 4 classes, digits has 10", (*EVAL_ON, "digits")),
+    (3, "takes 1 channels, the images of colour have 3", (*EVAL_ON, "tensors:{wrong}/colour.safetensors")),
+    (3, "has no held-out images", (*EVAL_ON, "tensors:{toy}", "--split", "val")),
+    (3, "does not end in .onnx", ("export", "{teacher}", "--format", "onnx", "--out", "{tmp}/model.bin")),
+    (4, "no such data file", (*TRAIN_ON, "tensors:{wrong}/none.safetensors")),
+    (4, "not a whole safetensors file", (*TRAIN_ON, "tensors:{wrong}/cut.safetensors")),
+    (4, "xz -dk", (*TRAIN_ON, "tensors:{wrong}/data.safetensors.xz")),
+    (4, "not a .safetensors file", (*TRAIN_ON, "tensors:{wrong}/data.npz")),
+    (4, "no such folder of images", (*TRAIN_ON, "folder:{wrong}/none")),
+    (4, "needs train/ and val/ or test/", (*TRAIN_ON, "folder:{wrong}/empty")),
+    (4, "no such run directory", (*DISTIL, "--teacher", "{wrong}/none")),
+    (4, "its run is not finished", (*DISTIL, "--teacher", "{wrong}/unfinished")),
+    (4, "has no config.json", (*DISTIL, "--teacher", "{wrong}/no-config")),
+    (4, "not a config.json of cakd", (*DISTIL, "--teacher", "{wrong}/bad-config")),
+    (4, "not a whole safetensors file", (*DISTIL, "--teacher", "{wrong}/cut-weights")),
+    (4, "is near chance", (*DISTIL, "--teacher", "{wrong}/untrained")),
+    (4, "holds no state dict", (*DISTIL, "--teacher", "resnet20", "teacher.weights={wrong}/nothing.pth")),
+    (4, "no such weights file", (*DISTIL, "--teacher", "resnet20", "teacher.weights={wrong}/none.pth")),
+    (3, "resnet20 has fresh weights", (*DISTIL, "--teacher", "resnet20")),
+    (4, "holds files that are not a run's: thesis.tex", (*INTO, "{wrong}/other", "--overwrite")),
+    (4, "already holds a run", (*INTO, "{teacher}")),
+    (4, "is a file", (*INTO, "{wrong}/file")),
+    (4, "no such run directory", ("eval", "{wrong}/none")),
+    (4, "no such run directory", ("export", "{wrong}/none", "--format", "onnx")),
+    (4, "holds other files: thesis.tex", ("export", "{teacher}", "--format", "safetensors", "--out", "{wrong}/other")),
+    (7, "no device 'cuda:9'", (*DISTIL, "--teacher", "{teacher}", "--device", "cuda:9")),
+    (7, "no such device 'gpu'", (*DISTIL, "--teacher", "{teacher}", "--device", "gpu")),
+]
+
+
+@pytest.mark.parametrize(("code", "message", "words"), WRONG, ids=[f"{c} {m[:40]}" for c, m, _ in WRONG])
+def test_wrong_input_gets_one_clear_error(
+    cakd, wrong, toy_file, toy_teacher, tmp_path, monkeypatch, code, message, words
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"wrong": wrong, "toy": toy_file, "teacher": toy_teacher, "tmp": tmp_path}
+    words = [word.format(**places) if "type" not in word else word for word in words]
+    before = {path: path.stat().st_mtime_ns for path in (*wrong.rglob("*"), *toy_teacher.rglob("*"))}
+    if "--split" in words and "val" in words:
+        words += ["--data", f"tensors:{_without_validation(tmp_path, toy_file)}"]
+
+    result = cakd(*words)
+
+    assert result.code == code, result.err
+    assert message in " ".join(result.err.split()), result.err
+    assert "Traceback" not in result.err
+    assert sum(line.startswith("error: ") or "─ Error ─" in line for line in result.err.splitlines()) == 1
+    assert result.out == ""
+    left = [path for path in tmp_path.rglob("*") if path.name != "flat.safetensors"]
+    assert left == []
+    assert before == {path: path.stat().st_mtime_ns for path in (*wrong.rglob("*"), *toy_teacher.rglob("*"))}
+
+
+def _without_validation(folder: Path, toy_file: Path) -> Path:
+    """Two images a class: too few to hold one out."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(toy_file)
+    part = {key: value[:8] for key, value in tensors.items()}
+    save_file(part, folder / "flat.safetensors", metadata={"class_names": json.dumps([f"class {i}" for i in range(4)])})
+    return folder / "flat.safetensors"
+
+
+def test_many_wrong_inputs_are_tried():
+    assert len(WRONG) >= 40
+
+
+def test_a_bug_is_one_line_and_a_traceback_on_demand(monkeypatch, capsys):
+    def broken():
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(app_module, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["cakd"])
+    with pytest.raises(SystemExit) as stop:
+        app_module.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "a bug in cakd: ZeroDivisionError: oh" in err
+    assert "CAKD_DEBUG=1" in err
+
+    monkeypatch.setenv("CAKD_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        app_module.main()
+
+
+def test_no_colour_codes_where_they_are_not_wanted(toy_teacher):
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cakd_cli.app", "eval", "nowhere"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+    assert "\x1b" not in done.stderr
+    assert done.returncode == 4
+
+
+def test_several_processes_are_refused(cakd, monkeypatch, toy_file):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = cakd("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8")
+
+    assert result.code == 7
+    assert "several processes are not supported" in result.err
