@@ -11,7 +11,7 @@ shift 2
 here=$(dirname "$0")
 cakd train-teacher "evidence/$name-teacher" "$@" --out "$out/teacher" --resume -q
 student() {
-    name=$1 out=$2 loss=$3 seed=$4
+    loss=$1 seed=$2 name=$3 out=$4
     shift 4
     cakd distill "evidence/$name-student" "$@" --teacher "$out/teacher" --loss "$loss" --seed "$seed" \
         --out "$out/$loss-$seed" --resume -q
@@ -22,7 +22,6 @@ for loss in cross-entropy kd dkd cakd; do
     for seed in ${SEEDS:-0 1 2}; do
         printf '%s\0' "$loss $seed"
     done
-done | xargs -0 -P "${JOBS:-1}" -I{} bash -euc 'set -- "$@"; job=($1); shift; student "$1" "$2" "${job[@]}" "${@:3}"' \
-    student {} "$name" "$out" "$@"
+done | xargs -0 -P "${JOBS:-1}" -I{} bash -euc 'student $1 "${@:2}"' student {} "$name" "$out" "$@"
 cakd export "$out/cakd-0" --format onnx
 python3 "$here/summary.py" "$out"

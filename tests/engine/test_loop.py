@@ -37,7 +37,8 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
             "engine.epochs": 2,
             "engine.batch_size": 16,
         }
-        recipe = resolve(["engine.precision=fp32", "engine.device=cpu", *words], defaults | flags)
+        words = ("engine.precision=fp32", "engine.device=cpu", *words)
+        recipe = resolve(list(words), defaults | flags)
         prepared = training.prepare(recipe)
         task = Task(prepared.student, prepared.teacher, recipe.loss, prepared.data, prepared.hardware)
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", overwrite=False)
@@ -224,3 +225,15 @@ def test_optimizers_are_fused():
     recipe = resolve([], {"data": "digits", "model": "resnet8"})
 
     assert make_optimizer(recipe.optimizer, [torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["fused"]
+
+
+def test_a_full_device_says_what_to_do(cakd, toy_file, tmp_path, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_train_epoch", full)
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
+    result = cakd(*words, "--out", tmp_path / "run")
+
+    assert result.code == 7
+    assert "engine.gradient_accumulation=2" in result.err
