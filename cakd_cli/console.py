@@ -29,8 +29,8 @@ class Console:
         self.quiet = quiet or json_mode
         self.verbose = verbose and not self.quiet
         self.bar = not self.quiet if bar is None else bar
-        self.stdout = RichConsole(highlight=False, soft_wrap=True)
-        self.stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.stdout = _console(stderr=False)
+        self.stderr = _console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = 0
@@ -102,9 +102,15 @@ class Console:
             self._bar = None
 
 
+def _console(*, stderr: bool) -> RichConsole:
+    # Wrapped between words for a person, one line a message for a file or a pipe.
+    stream = sys.stderr if stderr else sys.stdout
+    return RichConsole(stderr=stderr, highlight=False, soft_wrap=not stream.isatty())
+
+
 def show_error(error: CakdError, *, json_mode: bool) -> None:
     """Say what went wrong and what to do, on stderr; in JSON mode on stdout as well."""
-    stderr = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    stderr = _console(stderr=True)
     stderr.print("error:", style="bold red", end=" ")
     stderr.print(error.message, markup=False)
     if error.hint:

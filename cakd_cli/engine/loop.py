@@ -194,9 +194,10 @@ class Trainer:
             return
         self._means()  # a checkpoint of a diverged run would be of no use
         self._save()
+        command = "distill" if self.recipe.teacher else "train-teacher"
         raise StoppedError(
             f"stopped by {self.stop.signal_name} after epoch {self.epoch}, step {self.step}; checkpoint saved",
-            hint=f"continue with the same command and --resume, or: --resume --out {self.run.path}",
+            hint=f"cakd {command} --resume --out {self.run.path}",
         )
 
     def _save_if_due(self, *, last: bool = False) -> None:

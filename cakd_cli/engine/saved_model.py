@@ -159,7 +159,7 @@ def read(folder: Path) -> SavedModel:
             unfinished = (folder / "recipe.yaml").is_file()
             raise InputError(
                 f"{folder} has no {name}" + (": its run is not finished" if unfinished else ""),
-                hint=f"finish it: the same command with --resume, or --resume --out {folder}" if unfinished else None,
+                hint="finish it: the same command with --resume" if unfinished else None,
             )
     path = folder / "config.json"
     try:
