@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from cakd_cli.errors import CakdError
 
@@ -62,10 +63,11 @@ class Console:
         if not self.bar or not self.stderr.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
             TimeRemainingColumn(),
+            # The only column that a narrow terminal may break, between words.
+            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=False)),
             console=self.stderr,
             refresh_per_second=4,
             transient=True,
@@ -77,7 +79,7 @@ class Console:
     def step(self, *, epoch: int, step: int, images_per_second: float, parts: Mapping[str, float]) -> None:
         """A logging interval has passed."""
         if self._bar is not None and self._task is not None:
-            status = f"loss {parts['loss']:.3f}  {images_per_second:,.0f} images/s"
+            status = f"{images_per_second:,.0f} images/s  {_parts(parts)}"
             self._bar.update(self._task, completed=epoch * self._steps_per_epoch + step, status=status)
 
     def epoch(self, line: Mapping[str, Any]) -> None:
@@ -85,13 +87,12 @@ class Console:
         done = line["epoch"] - self._done_epochs
         left = (time.monotonic() - self._started) / done * (self._epochs - line["epoch"])
         train = line["train"]
-        parts = ", ".join(f"{name} {value:.3f}" for name, value in train.items() if name not in ("loss", "top1"))
-        text = f"epoch {line['epoch']}/{self._epochs}  loss {train['loss']:.3f} ({parts})"
+        text = f"epoch {line['epoch']}/{self._epochs}  {_parts(train)}"
         if "validation" in line:
             text += f"  held-out top-1 {line['validation']['top1']:.1%}"
         text += f"  {line['images_per_second']:,.0f} images/s  {_duration(left)} left"
         if self._bar is not None and self._task is not None:
-            status = f"loss {train['loss']:.3f}  {line['images_per_second']:,.0f} images/s"
+            status = f"{line['images_per_second']:,.0f} images/s  {_parts(train)}"
             self._bar.update(self._task, completed=line["epoch"] * self._steps_per_epoch, status=status)
         self.note(text)
 
@@ -119,6 +120,12 @@ def show_error(error: CakdError, *, json_mode: bool) -> None:
     if json_mode:
         content = {"code": error.code, "message": error.message, "hint": error.hint}
         sys.stdout.write(json.dumps({**error.document, "error": content}, ensure_ascii=False) + "\n")
+
+
+def _parts(train: Mapping[str, float]) -> str:
+    """Write the loss and what it is made of, before any weight."""
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in train.items() if name not in ("loss", "top1"))
+    return f"loss {train['loss']:.3f} ({parts})"
 
 
 def _duration(seconds: float) -> str:

@@ -76,8 +76,8 @@ def measure(
     else:
         words = []
         flags["model"] = "resnet8"  # never built: the folder's own network is measured
-    recipe = resolve([*words, "engine.device=auto"], flags)
-    machine = hardware_module.choose(recipe.engine).full_precision()
+    recipe = resolve([*words, "engine.device=auto", "engine.precision=fp32"], flags)
+    machine = hardware_module.choose(recipe.engine)
     image_data = recipe.data.load()
     check_fits(saved, image_data, run)
     images = choose_split(image_data, split)

@@ -20,7 +20,8 @@ def main(folder: Path) -> None:
         for column in COLUMNS:
             values = [figure[column] * (100 if column in SHARES else 1) for figure in figures]
             digits = 2 if column in SHARES else 4
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         write(f"| {loss} | {len(values)} | {' | '.join(cells)} |\n")
     teacher = reports[0]["teacher"]
     write(f"\nteacher: top-1 {teacher['quality']['top1']:.2%}, {teacher['cost']['parameters']:,} parameters\n")
