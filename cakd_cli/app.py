@@ -70,6 +70,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say w
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
+FinishedRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run, or an exported folder.")]
 
 
@@ -228,7 +229,7 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Run,
+    run: FinishedRun,
     format: Annotated[ExportFormat, typer.Option(help="Kind of file.")],  # noqa: A002 - the flag's name
     out: Annotated[str | None, typer.Option(help="File or folder to write; by default inside RUN.")] = None,
     json: Json = False,

@@ -255,7 +255,7 @@ def wrong(tmp_path_factory, toy_file, toy_teacher):
     (root / "file").write_text("a file")
     (root / "unfinished").mkdir()
     (root / "unfinished" / "recipe.yaml").write_text("data: digits\nmodel: resnet8\n")
-    for name in ("no-config", "bad-config", "cut-weights", "guessing"):
+    for name in ("no-config", "bad-config", "cut-weights"):
         (root / name).mkdir()
         for file in ("recipe.yaml", "config.json", "model.safetensors"):
             (root / name / file).write_bytes((toy_teacher / file).read_bytes())

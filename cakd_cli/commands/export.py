@@ -24,7 +24,7 @@ def export_run(run: str, *, format: str, out: str | None) -> dict[str, Any]:  # 
     """
     path = Path(run).expanduser()
     saved = saved_model.read(path)
-    target = Path(out).expanduser() if out else path / export.DEFAULT_NAMES[format]
+    target = Path(out).expanduser() if out else path / run_directory.EXPORT_NAMES[format]
     if format == "safetensors":
         export.check_folder(target)
         saved_model.write(target, saved)

@@ -14,7 +14,8 @@ DataOptions = Annotated[
     DigitsSpec | CifarSpec | FashionMnistSpec | TensorsSpec | FolderSpec, Field(discriminator="type")
 ]
 
-SPECS: tuple[type[DataSpec], ...] = (DigitsSpec, CifarSpec, FashionMnistSpec, TensorsSpec, FolderSpec)
+# The union is the registry.
+SPECS: tuple[type[DataSpec], ...] = get_args(get_args(DataOptions)[0])
 
 
 def names() -> dict[str, type[DataSpec]]:

@@ -67,7 +67,8 @@ class ImageDataSet:
         image_size: Height and width of an image as a network sees it, in pixels.
         mean: Mean of each channel over training images, pixels in [0, 1].
         std: Standard deviation likewise.
-        fingerprint: Hash of the data's content; equal only for equal data.
+        fingerprint: Hash of the pixels and labels; of folders, of the paths and sizes of their files.
+        crop_pct: Share of the shorter side that is shown when nothing is learnt.
     """
 
     name: str
@@ -80,6 +81,7 @@ class ImageDataSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    crop_pct: float = 1.0
 
     @property
     def num_classes(self) -> int:
@@ -96,7 +98,10 @@ class DataSpec(BaseModel):
     shorthand: ClassVar[str | None] = None
 
     validation_fraction: float = Field(
-        0.1, ge=0, lt=1, description="share of each training class held out to choose the best epoch"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of each training class held out to choose the best epoch, where there is no val/",
     )
     split_seed: int = Field(0, ge=0, description="seed of the held-out share; the same for teacher and students")
 

@@ -5,6 +5,7 @@ Shape suffixes: B batch, N samples.
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -73,6 +74,12 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] |
     return torch.stack(images), torch.tensor(labels)
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and schedulers signal the whole group; a worker that died of it would take the run's checkpoint along."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class FolderSplit(Split):
     """Files and their labels; nothing is decoded before it is asked for."""
 
@@ -111,6 +118,7 @@ class FolderSplit(Split):
             num_workers=min(self._spec.workers, len(batches)),
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
             # Its own generator: drawing from the global one would change what a resumed run sees.
             generator=torch.Generator(),
         )
@@ -150,7 +158,7 @@ class FolderSpec(DataSpec):
         classes = sorted(_folders(root / "train"))
         for part in held:
             _check_classes(classes, sorted(_folders(root / part)), root, part)
-        files = {part: _list(root / part) for part in ("train", *held)}
+        files = {part: _list(root / part, classes) for part in ("train", *held)}
 
         splits = {part: FolderSplit(listed, self, torch.arange(len(listed))) for part, listed in files.items()}
         train, validation = splits["train"], splits["val"] if len(held) == 2 else None
@@ -170,6 +178,7 @@ class FolderSpec(DataSpec):
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
             fingerprint=_fingerprint(root, files),
+            crop_pct=self.test_crop,
         )
 
     @property
@@ -190,11 +199,12 @@ def _check_classes(train: list[str], other: list[str], root: Path, part: str) ->
         raise InputError(f"{root}: train/ and {part}/ have different classes; {'; '.join(wrong)}")
 
 
-def _list(path: Path) -> list[tuple[str, int]]:
-    from torchvision.datasets import ImageFolder
+def _list(path: Path, classes: list[str]) -> list[tuple[str, int]]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     try:
-        return list(ImageFolder(path).samples)
+        # Not ImageFolder, which would count hidden folders as classes.
+        return list(make_dataset(str(path), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS))
     except FileNotFoundError as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
 

@@ -26,7 +26,7 @@ class TensorsSpec(MemoryDataSpec):
 
     def load(self) -> ImageDataSet:
         """Read the file."""
-        return _read(self, Path(self.path))
+        return _read(self, Path(self.path).expanduser())
 
     @property
     def label(self) -> str:

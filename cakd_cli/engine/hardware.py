@@ -53,6 +53,9 @@ def choose(options: EngineOptions) -> Hardware:
     """
     reasons: dict[str, str] = {}
     device = _choose_device(options.device, reasons)
+    if device.type == "cuda":
+        # cuDNN's default would round the inputs of fp32 convolutions to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
     precision = options.precision
     native = _native_bf16(device)
     if precision == "auto":
@@ -111,4 +114,6 @@ def free_bytes(device: torch.device) -> int | None:
     """Free memory of an accelerator in bytes; none where the device cannot tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" and hasattr(torch.accelerator, "get_memory_info"):
+        return int(torch.accelerator.get_memory_info(device)[0])
     return None

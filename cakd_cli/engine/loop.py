@@ -4,15 +4,16 @@ Nothing in a step waits for the device. Sums of the loss and its parts, and the 
 finite, stay there until a logging interval ends.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cakd_cli.data import ImageDataSet
+from cakd_cli.engine.average import Average
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
 from cakd_cli.engine.schedule import learning_rate
@@ -59,11 +60,7 @@ class Trainer:
         self.hardware = task.hardware
         self.parameters = list(task.student.parameters())
         self.optimizer = make_optimizer(recipe.optimizer, self.parameters)
-        self.average: AveragedModel | None = None
-        if recipe.engine.ema_decay:
-            self.average = AveragedModel(
-                task.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.engine.ema_decay), use_buffers=True
-            )
+        self.average = Average(task.student, recipe.engine.ema_decay) if recipe.engine.ema_decay else None
         self.guard = _Guard(self.optimizer, self.hardware.device)
         self.steps_per_epoch = len(data.train) // recipe.engine.batch_size
         self.epoch = 0  # epochs completed
@@ -77,7 +74,7 @@ class Trainer:
     @property
     def network(self) -> nn.Module:
         """The network that is validated and saved: the average where there is one."""
-        return self.average.module if self.average is not None else self.task.student
+        return self.average.network if self.average is not None else self.task.student
 
     def fit(self) -> None:
         """Train to the last epoch; the best network on the validation split is then in ``best_state``.
@@ -113,12 +110,13 @@ class Trainer:
                 total, parts = self.task.loss(type(batch)(*micro), self.epoch + 1)
                 (total / engine.gradient_accumulation).backward()
                 self._add(parts)
-            # A bad loss in any part of the batch shows in the gradients, which are summed over the parts.
-            self.guard.look(total, self.parameters, self.epoch * self.steps_per_epoch + self.step)
+            # The sum over the epoch holds the loss of every part of this batch.
+            assert self.sums is not None
+            self.guard.look(self.sums[0], self.parameters, self.epoch * self.steps_per_epoch + self.step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:
-                self.average.update_parameters(self.task.student)
+                self.average.update(first=self.epoch == self.step == 0)
             self.step += 1
             if self.step % engine.log_interval == 0 and self.step < self.steps_per_epoch:
                 means = self._means()
@@ -184,6 +182,11 @@ class Trainer:
             batch_size=self.recipe.engine.evaluation_batch_size,
         )
         figures = metrics.brief(logits, labels)
+        if not math.isfinite(figures["nll"]):
+            raise DivergedError(
+                f"the answers to held-out images are not finite after epoch {self.epoch + 1}",
+                hint="lower optimizer.learning_rate, or set schedule.warmup_epochs",
+            )
         if metrics.is_better(figures, self.best):
             self.best = {"epoch": self.epoch + 1, **figures}
             self.best_state = _copy(self.network.state_dict())
@@ -207,7 +210,7 @@ class Trainer:
     def _save(self) -> None:
         training = {f"optimizer.{key}": tensor for key, tensor in _flat_state(self.optimizer).items()}
         if self.average is not None:
-            training |= {f"average.{key}": tensor for key, tensor in self.average.state_dict().items()}
+            training |= {f"average.{key}": tensor for key, tensor in self.average.network.state_dict().items()}
         training["random.cpu"] = torch.get_rng_state()
         if self.hardware.device.type == "cuda":
             training["random.cuda"] = torch.cuda.get_rng_state(self.hardware.device)
@@ -223,7 +226,7 @@ class Trainer:
         tensors = checkpoint.training
         _load_flat_state(self.optimizer, self.parameters, _under("optimizer.", tensors))
         if self.average is not None:
-            self.average.load_state_dict(_under("average.", tensors))
+            self.average.network.load_state_dict(_under("average.", tensors))
         torch.set_rng_state(tensors["random.cpu"])
         if self.hardware.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.hardware.device)
@@ -240,7 +243,7 @@ def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Param
             parameters,
             lr=options.learning_rate,
             momentum=options.momentum,
-            nesterov=options.nesterov and options.momentum > 0,
+            nesterov=options.nesterov,
             weight_decay=options.weight_decay,
             fused=True,
         )

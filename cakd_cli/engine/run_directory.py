@@ -9,6 +9,7 @@ model.safetensors  config.json  README.md      the finished network
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,13 @@ from cakd_cli.recipe.schema import Recipe
 
 # Keys that may change between a run and its continuation: they do not change its result.
 _FREE_KEYS = ("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root")
-_OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "model.safetensors", "config.json", "README.md")
+# Where an export goes unless it is told otherwise.
+EXPORT_NAMES = {"onnx": "model.onnx", "pt2": "model.pt2", "safetensors": "export"}
+# In the order in which a run is removed: what marks the folder as a run goes last.
+_OWN_NAMES = (
+    *("checkpoints", *EXPORT_NAMES.values(), "metrics.jsonl", "model.safetensors", "config.json", "README.md"),
+    *("run.json", "recipe.yaml"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,35 +56,63 @@ class Checkpoint:
 class RunDirectory:
     """One run's folder, locked while it is open."""
 
-    def __init__(self, path: Path, lock: TextIO) -> None:
+    def __init__(self, path: Path, lock: TextIO, *, created: bool) -> None:
         self.path = path
         self._lock = lock
+        self._created = created
 
     @classmethod
-    def open(cls, path: Path, *, overwrite: bool) -> "RunDirectory":
-        """Create or enter a folder that :func:`check_free` has approved, and lock it.
+    def open(cls, path: Path, *, resume: bool, overwrite: bool) -> "RunDirectory":
+        """Create or enter a folder, lock it, and remove what a killed process or an overwritten run left.
 
         Raises:
-            InputError: If another process is using it.
+            InputError: If another process is using it, or as :func:`check_free`.
         """
+        created = not path.exists()
+        if path.is_file():
+            check_free(path, resume=resume, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # lockf and not flock: worker processes do not inherit it, so it ends with this process.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
             raise InputError(
                 f"{path} is in use by another cakd", hint="wait for it, or choose another folder with --out"
             ) from error
-        if overwrite:
-            for name in _OWN_FILES:
-                (path / name).unlink(missing_ok=True)
-            shutil.rmtree(path / "checkpoints", ignore_errors=True)
-        return cls(path, lock)
+        directory = cls(path, lock, created=created)
+        try:
+            check_free(path, resume=resume, overwrite=overwrite)
+            directory._clean(all_of_it=overwrite)
+        except BaseException:
+            directory.close()
+            raise
+        return directory
+
+    def _clean(self, *, all_of_it: bool) -> None:
+        names = _OWN_NAMES if all_of_it else ()
+        leftovers = [entry.name for entry in self.path.iterdir() if _is_temporary(entry.name)]
+        for path in (self.path / name for name in (*leftovers, *names)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Give the folder free; one that was made for a run that never began goes again."""
+        if self._created and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
         self._lock.close()
+
+    def facts(self) -> dict[str, Any]:
+        """Read run.json; empty if there is none or it is damaged."""
+        try:
+            facts = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the recipe that this run follows."""
@@ -90,7 +125,9 @@ class RunDirectory:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one epoch's line."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the whole lines of metrics.jsonl."""
@@ -155,7 +192,8 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file", hint="choose another folder with --out")
     content = [entry.name for entry in path.iterdir() if entry.name != ".lock"] if path.is_dir() else []
-    is_run = "recipe.yaml" in content
+    content = [name for name in content if not _is_temporary(name)]
+    is_run = not {"recipe.yaml", "run.json"}.isdisjoint(content)
     if content and not is_run:
         raise InputError(
             f"{path} holds files that are not a run's: {content[0]}", hint="choose an empty folder with --out"
@@ -164,6 +202,11 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(
             f"{path} already holds a run", hint="continue it with --resume, or replace it with --overwrite"
         )
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether a file is what :mod:`cakd_cli.engine.files` was writing when its process was killed."""
+    return name.startswith(".") and ".tmp" in name
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cakd_cli import __version__
 from cakd_cli.engine.files import write_json, write_tensors, write_text
 from cakd_cli.errors import InputError
+from cakd_cli.evaluation.cost import num_parameters
 from cakd_cli.models import ModelOptions, ModelSpec, TimmSpec, load_state, read_state
 
 _SPEC: TypeAdapter[ModelSpec] = TypeAdapter(ModelOptions)
@@ -36,7 +37,8 @@ class SavedModel:
         image_size: Height and width in pixels.
         mean: Of each channel, for pixels in [0, 1].
         std: Likewise.
-        facts: Data fingerprint, metrics and the like; may be empty for a folder that cakd did not write.
+        facts: Data fingerprint, metrics and the like.
+        crop_pct: Share of the shorter side that it is shown.
     """
 
     model: nn.Module
@@ -47,11 +49,7 @@ class SavedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     facts: Mapping[str, Any]
-
-    @property
-    def num_parameters(self) -> int:
-        """Count the trainable elements."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+    crop_pct: float = 1.0
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -88,7 +86,7 @@ def config(saved: SavedModel) -> dict[str, Any]:
             "mean": list(saved.mean),
             "std": list(saved.std),
             "interpolation": "bilinear",
-            "crop_pct": 1.0,
+            "crop_pct": saved.crop_pct,
             "classifier": classifier[-1] if classifier else None,
         },
         "cakd": {
@@ -130,7 +128,7 @@ def model_card(saved: SavedModel) -> str:
         "",
         f"# {saved.spec.label}",
         "",
-        f"An image classifier of {saved.num_parameters:,} parameters for {len(saved.class_names)} classes, "
+        f"An image classifier of {num_parameters(saved.model):,} parameters for {len(saved.class_names)} classes, "
         f"trained by cakd {__version__}" + (f" on {facts['data']['name']}." if "data" in facts else "."),
         "",
         f"- input: {channels} x {height} x {width}, pixels in [0, 1], minus mean {list(saved.mean)}, "
@@ -142,7 +140,7 @@ def model_card(saved: SavedModel) -> str:
     for split, metrics in facts.get("metrics", {}).items():
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
         lines.append(f"- {split}: {values}")
-    lines += ["", "Measure it again with `cakd eval .`, or leave Python with `cakd export . --format onnx`.", ""]
+    lines += ["", "Measure it with `cakd eval FOLDER --data DATA`.", ""]
     return "\n".join(lines)
 
 
@@ -170,6 +168,7 @@ def read(folder: Path) -> SavedModel:
         channels, height, width = map(int, pretrained["input_size"])
         names = tuple(map(str, content["label_names"]))
         mean, std = tuple(map(float, pretrained["mean"])), tuple(map(float, pretrained["std"]))
+        crop_pct = float(pretrained["crop_pct"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{path}: not a config.json of cakd: {what}") from error
@@ -182,4 +181,4 @@ def read(folder: Path) -> SavedModel:
             f"{folder}: model.safetensors is not the file that config.json describes",
             hint="copy both files of one run again",
         )
-    return SavedModel(model.eval(), spec, names, channels, (height, width), mean, std, facts)
+    return SavedModel(model.eval(), spec, names, channels, (height, width), mean, std, facts, crop_pct)

@@ -21,11 +21,11 @@ from cakd_cli.engine import run_directory, saved_model
 from cakd_cli.engine.hardware import Hardware
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
-from cakd_cli.engine.run_directory import RunDirectory
+from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.engine.task import Task
 from cakd_cli.engine.teacher import Teacher, check_teacher, initial_model, load_teacher
-from cakd_cli.errors import CakdError, HardwareError, RecipeError
+from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError
 from cakd_cli.evaluation import cost, metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
 from cakd_cli.recipe.schema import Recipe
@@ -141,59 +141,98 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         CakdError: If the run cannot begin, diverges or is stopped.
     """
     recipe = prepared.recipe
-    run_directory.check_free(out, resume=resume, overwrite=overwrite)
-    if resume and (out / "recipe.yaml").is_file():
-        run_directory.check_same_recipe(run_directory.read_recipe(out), recipe, out)
-        finished = _finished_facts(out)
-        if finished is not None:
-            progress.note(f"{out} is already finished")
-            return finished
-    for key, reason in prepared.hardware.reasons.items():
-        progress.note(f"{key}: {_value(recipe, key)} ({reason})")
-    if prepared.teacher is not None:
-        checked = check_teacher(
-            prepared.teacher, prepared.data, prepared.hardware, batch_size=recipe.engine.evaluation_batch_size
-        )
-        images = "held-out" if prepared.data.validation else "training"
-        progress.note(
-            f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images"
-        )
-    directory = RunDirectory.open(out, overwrite=overwrite)
+    facts = _facts(prepared)
+    directory = RunDirectory.open(out, resume=resume, overwrite=overwrite)
     try:
-        return _run_locked(prepared, directory, progress)
+        before = directory.facts()
+        if (out / "recipe.yaml").is_file():
+            run_directory.check_same_recipe(run_directory.read_recipe(out), recipe, out)
+        if before.get("ended") == "completed":
+            progress.note(f"{out} is already finished")
+            return before
+        checkpoint = directory.latest_checkpoint()
+        if checkpoint is not None:
+            _check_same_inputs(before, facts, out)
+        _say_what_was_chosen(prepared, facts, progress)
+        if checkpoint is None:
+            directory.write_recipe(recipe)
+        try:
+            with StopRequest().listening() as stop, _memory_errors(recipe):
+                return _train(prepared, directory, checkpoint, facts, progress, stop)
+        except BaseException as error:
+            # The first error is the one to report, also where the disk is too full to note it.
+            with contextlib.suppress(OSError):
+                directory.write_facts(facts | {"ended": _reason(error), "finished_at": _now()})
+            raise
     finally:
         directory.close()
 
 
-def _run_locked(prepared: Prepared, directory: RunDirectory, progress: Progress) -> dict[str, Any]:
+def _train(
+    prepared: Prepared,
+    directory: RunDirectory,
+    checkpoint: Checkpoint | None,
+    facts: dict[str, Any],
+    progress: Progress,
+    stop: StopRequest,
+) -> dict[str, Any]:
     recipe, data = prepared.recipe, prepared.data
-    facts = _facts(prepared)
-    with StopRequest().listening() as stop, _memory_errors(recipe):
-        task = Task(prepared.student, prepared.teacher, recipe.loss, data, prepared.hardware)
-        trainer = Trainer(task, data, recipe, directory, progress, stop)
-        checkpoint = directory.latest_checkpoint()
-        if checkpoint is None:
-            directory.write_recipe(recipe)
-        else:
-            trainer.restore(checkpoint)
-            progress.note(f"resumed after epoch {trainer.epoch}, step {trainer.step}")
-        directory.keep_metrics(trainer.epoch)
-        directory.write_facts(facts | {"ended": "running"})
-        progress.start(
-            epochs=recipe.engine.epochs,
-            steps_per_epoch=trainer.steps_per_epoch,
-            batch_size=recipe.engine.batch_size,
-            done_epochs=trainer.epoch,
-            title=recipe.model.label,
+    directory.write_facts(facts | {"ended": "running"})
+    task = Task(prepared.student, prepared.teacher, recipe.loss, data, prepared.hardware)
+    trainer = Trainer(task, data, recipe, directory, progress, stop)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        progress.note(f"resumed after epoch {trainer.epoch}, step {trainer.step}")
+    directory.keep_metrics(trainer.epoch)
+    progress.start(
+        epochs=recipe.engine.epochs,
+        steps_per_epoch=trainer.steps_per_epoch,
+        batch_size=recipe.engine.batch_size,
+        done_epochs=trainer.epoch,
+        title=recipe.model.label,
+    )
+    try:
+        trainer.fit()
+    finally:
+        progress.end()
+    return _finish(prepared, trainer, directory, facts)
+
+
+def _say_what_was_chosen(prepared: Prepared, facts: dict[str, Any], progress: Progress) -> None:
+    """Say the automatic choices and how the teacher does; a teacher that cannot teach ends the run here."""
+    for key, reason in prepared.hardware.reasons.items():
+        progress.note(f"{key}: {_value(prepared.recipe, key)} ({reason})")
+    images = "held-out"
+    if prepared.data.validation is None:
+        progress.note("no image is held out: the last epoch's network is kept, not the best one's")
+        images = "training"
+    if prepared.teacher is not None:
+        size = prepared.recipe.engine.evaluation_batch_size
+        checked = check_teacher(prepared.teacher, prepared.data, facts["data"], prepared.hardware, batch_size=size)
+        progress.note(
+            f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images"
         )
-        try:
-            trainer.fit()
-        except CakdError as error:
-            directory.write_facts(facts | {"ended": error.code, "finished_at": _now()})
-            raise
-        finally:
-            progress.end()
-        return _finish(prepared, trainer, directory, facts)
+
+
+def _check_same_inputs(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Refuse to continue a run on other data or under another teacher.
+
+    Raises:
+        InputError: If either is not what the run began with.
+    """
+    for what, key in (("data", "fingerprint"), ("teacher", "weights_hash")):
+        old, new = ((facts.get(what) or {}).get(key) for facts in (before, now))
+        if old is not None and old != new:
+            raise InputError(
+                f"{out} cannot be resumed: its {what} has changed since it began ({key} {old}, now {new})",
+                hint="put it back, or start another run with another --out",
+            )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CakdError):
+        return error.code
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
 def _finish(prepared: Prepared, trainer: Trainer, directory: RunDirectory, facts: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +263,7 @@ def _finish(prepared: Prepared, trainer: Trainer, directory: RunDirectory, facts
         image_size=data.image_size,
         mean=data.mean,
         std=data.std,
+        crop_pct=data.crop_pct,
         facts={key: facts[key] for key in ("data", "loss", "seed", "metrics", "teacher") if facts.get(key) is not None},
     )
     saved_model.write(directory.path, saved)
@@ -248,6 +288,9 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
+            "image": [data.channels, *data.image_size],
+            "validation_fraction": recipe.data.validation_fraction,
+            "split_seed": recipe.data.split_seed,
             "train": len(data.train),
             "validation": len(data.validation) if data.validation else 0,
             "test": len(data.test),
@@ -256,16 +299,6 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "loss": " + ".join(f"{term.weight:g} {term.type}" for term in recipe.loss),
         "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
     }
-
-
-def _finished_facts(out: Path) -> dict[str, Any] | None:
-    import json
-
-    try:
-        facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) and facts.get("ended") == "completed" else None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from cakd_cli.engine.hardware import Hardware
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count the trainable elements."""
+    """Count the elements of all weights, frozen ones included; the buffers of norms are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -29,7 +29,9 @@ def quality(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
 
     num_classes = logits_NC.shape[1]
     top5 = multiclass_accuracy(logits_NC, labels_N, num_classes, average="micro", top_k=min(5, num_classes))
-    error = multiclass_calibration_error(logits_NC.softmax(1), labels_N, num_classes, n_bins=15, norm="l1")
+    # torchmetrics 1.9 puts a confidence of exactly 1 into a sixteenth bin of its own.
+    probabilities_NC = logits_NC.softmax(1).clamp(max=1 - 2**-24)
+    error = multiclass_calibration_error(probabilities_NC, labels_N, num_classes, n_bins=15, norm="l1")
     figures = brief(logits_NC, labels_N)
     return {"top1": figures["top1"], "top5": top5.item(), "nll": figures["nll"], "ece": error.item()}
 

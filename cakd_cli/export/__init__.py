@@ -10,7 +10,6 @@ from cakd_cli.engine.saved_model import SavedModel
 from cakd_cli.errors import InputError, RecipeError
 from cakd_cli.export import check, onnx_file, pt2_file
 
-DEFAULT_NAMES = {"onnx": "model.onnx", "pt2": "model.pt2", "safetensors": "export"}
 _WRITERS = {"onnx": onnx_file, "pt2": pt2_file}
 
 

@@ -4,7 +4,7 @@ Each function returns a :class:`LossOutput`; each options class beside it is the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -17,7 +17,8 @@ from cakd_cli.losses.supervised import CrossEntropyTerm, cross_entropy
 
 LossOptions = Annotated[CrossEntropyTerm | KDTerm | DKDTerm | CAKDTerm, Field(discriminator="type")]
 
-TERMS: tuple[type[LossTerm], ...] = (CrossEntropyTerm, KDTerm, DKDTerm, CAKDTerm)
+# The union is the registry.
+TERMS: tuple[type[LossTerm], ...] = get_args(get_args(LossOptions)[0])
 
 
 def objectives() -> dict[str, Sequence[Mapping[str, Any]]]:

@@ -66,10 +66,12 @@ def soften(logits_BC: Tensor, temperature: float) -> Tensor:
     """Divide logits by a temperature, in float32 at least.
 
     Logits beyond 1e30 times the temperature are held there, with gradient 0: differences of any two
-    results, and sums of such differences over a batch, are then finite.
+    results, and sums of such differences over a batch, are then finite. A logit that is itself not finite becomes
+    NaN, so that it cannot pass unseen.
     """
     precise_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-    return (precise_BC / temperature).clamp(-LARGEST_SOFTENED_LOGIT, LARGEST_SOFTENED_LOGIT)
+    held_BC = (precise_BC / temperature).clamp(-LARGEST_SOFTENED_LOGIT, LARGEST_SOFTENED_LOGIT)
+    return torch.where(precise_BC.isfinite(), held_BC, torch.nan)
 
 
 def check_pair(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> None:

@@ -5,14 +5,15 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from cakd_cli.models.base import ModelSpec
-from cakd_cli.models.external import ExternalSpec, TimmSpec, TorchvisionSpec
+from cakd_cli.models.external import ExternalSpec, TimmSpec, TorchvisionSpec, load_but_head
 from cakd_cli.models.resnet import ResNetSpec
 from cakd_cli.models.weights import load_state, read_state
 from cakd_cli.models.wide_resnet import WideResNetSpec
 
 ModelOptions = Annotated[ResNetSpec | WideResNetSpec | TorchvisionSpec | TimmSpec, Field(discriminator="type")]
 
-SPECS: tuple[type[ModelSpec], ...] = (ResNetSpec, WideResNetSpec, TorchvisionSpec, TimmSpec)
+# The union is the registry.
+SPECS: tuple[type[ModelSpec], ...] = get_args(get_args(ModelOptions)[0])
 
 
 def names() -> dict[str, type[ModelSpec]]:
@@ -29,6 +30,7 @@ __all__ = [
     "TimmSpec",
     "TorchvisionSpec",
     "WideResNetSpec",
+    "load_but_head",
     "load_state",
     "names",
     "read_state",

@@ -8,6 +8,7 @@ from torch import nn
 
 from cakd_cli.errors import InputError, RecipeError, nearest
 from cakd_cli.models.base import ModelSpec
+from cakd_cli.models.weights import load_state
 
 
 class ExternalSpec(ModelSpec):
@@ -73,9 +74,9 @@ class TorchvisionSpec(ExternalSpec):
         except OSError as error:
             raise InputError(
                 f"cannot fetch the weights of torchvision:{self.name}: {error}",
-                hint="without a network, give a file: weights=PATH.pth",
+                hint="without a network, give a file: model.weights=PATH.pth (or teacher.weights)",
             ) from error
-        load_but_head(model, state)
+        load_but_head(model, state, source=self.label)
         return model
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -116,7 +117,7 @@ class TimmSpec(ExternalSpec):
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"cannot fetch the weights of timm:{self.name}: {_first_line(error)}",
-                hint="without a network, give a file: weights=PATH.safetensors",
+                hint="without a network, give a file: model.weights=PATH.safetensors (or teacher.weights)",
             ) from error
         return cast(nn.Module, model)
 
@@ -131,11 +132,20 @@ class TimmSpec(ExternalSpec):
         return f"timm:{self.name}"
 
 
-def load_but_head(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load published weights into a network whose head may have another number of classes."""
+def load_but_head(model: nn.Module, state: Mapping[str, Any], *, source: str) -> None:
+    """Load published weights into a network whose last linear layer may have another number of classes.
+
+    Raises:
+        InputError: If anything else does not fit.
+    """
     own = model.state_dict()
-    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    model.load_state_dict(fitting, strict=False)
+    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    fresh = {
+        name: own[name]
+        for name in (f"{head}.{kind}" for head in heads[-1:] for kind in ("weight", "bias"))
+        if name in own and (name not in state or state[name].shape != own[name].shape)
+    }
+    load_state(model, {**state, **fresh}, source=source)
 
 
 def _first_line(error: BaseException) -> str:

@@ -55,7 +55,7 @@ class _Mistakes:
 
 def _line_number(origin: str) -> float:
     number = origin.rpartition(":")[2]
-    return int(number) if number.isdigit() else float("inf")
+    return int(number) if number.isdecimal() else float("inf")
 
 
 def resolve(words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> Recipe:
@@ -140,7 +140,7 @@ def _methods(raw: dict[str, Any], mistakes: _Mistakes) -> dict[str, Any]:
 
 def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:
     dotted, _, text = word.partition("=")
-    keys: Keys = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    keys: Keys = tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
     document = strict_yaml.parse(text)
     for _, message in document.problems:
         mistakes.add(word, message)
@@ -340,6 +340,8 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
         wrong(
             ("teacher",), f"{recipe.teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory"
         )
+    if recipe.optimizer.type == "sgd" and recipe.optimizer.nesterov and not recipe.optimizer.momentum:
+        wrong(("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false")
     if engine.batch_size % engine.gradient_accumulation:
         wrong(
             ("engine", "gradient_accumulation"),

@@ -6,8 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cakd_cli.data import DataOptions
 from cakd_cli.losses import LossOptions
-from cakd_cli.models import ModelOptions as ModelOptions
-from cakd_cli.models import ResNetSpec, TimmSpec, TorchvisionSpec, WideResNetSpec
+from cakd_cli.models import ModelOptions
 
 
 class Section(BaseModel):
@@ -23,9 +22,7 @@ class RunTeacher(Section):
     path: str = Field(description="run directory or exported folder")
 
 
-TeacherOptions = Annotated[
-    RunTeacher | ResNetSpec | WideResNetSpec | TorchvisionSpec | TimmSpec, Field(discriminator="type")
-]
+TeacherOptions = Annotated[RunTeacher | ModelOptions, Field(discriminator="type")]
 
 
 class SGDOptions(Section):

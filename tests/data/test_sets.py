@@ -253,6 +253,18 @@ def test_folder_views_are_the_same_from_workers_and_after_a_resume(folder):
         assert torch.equal(expected.labels, answer.labels)
 
 
+def test_hidden_folders_are_not_classes(folder):
+    for part in ("train", "test"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+        Image.new("RGB", (9, 9)).save(folder / part / ".ipynb_checkpoints" / "x.png")
+    data = folder_data(folder, validation_fraction=0.0)
+    (batch,) = data.test.ordered_batches(batch_size=8, device=CPU)
+
+    assert data.class_names == ("cat", "dog")
+    assert len(data.train) == 24
+    assert batch.labels.tolist() == [0] * 4 + [1] * 4
+
+
 def test_an_unreadable_image_is_named(folder):
     (folder / "train" / "dog" / "3.png").write_bytes(b"not a picture")
     data = folder_data(folder, validation_fraction=0.0)

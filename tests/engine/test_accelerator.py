@@ -32,8 +32,8 @@ def waits(trainer: Trainer) -> int:
 
 
 def test_waits_do_not_grow_with_the_steps(make_trainer):
-    few = make_trainer("engine.device=cuda", "engine.log_interval=1000")
-    many = make_trainer("engine.device=cuda", "engine.log_interval=1000", **{"engine.batch_size": 4})
+    words = ("engine.device=cuda", "engine.log_interval=1000", "engine.ema_decay=0.9")
+    few, many = make_trainer(*words), make_trainer(*words, **{"engine.batch_size": 4})
 
     assert few.steps_per_epoch == 9
     assert many.steps_per_epoch == 36

@@ -41,7 +41,7 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
         recipe = resolve(list(words), defaults | flags)
         prepared = training.prepare(recipe)
         task = Task(prepared.student, prepared.teacher, recipe.loss, prepared.data, prepared.hardware)
-        run = RunDirectory.open(tmp_path / f"run{len(opened)}", overwrite=False)
+        run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
         return Trainer(task, prepared.data, prepared.recipe, run, Silent(), StopRequest())
 
@@ -91,7 +91,8 @@ def test_the_loop_is_a_plain_pytorch_loop(make_trainer):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_no_step_waits_for_the_device(make_trainer, monkeypatch):
+@pytest.mark.parametrize("words", [(), ("engine.ema_decay=0.9", "optimizer={type: adamw}")], ids=["sgd", "adamw ema"])
+def test_no_step_waits_for_the_device(make_trainer, monkeypatch, words):
     """On an accelerator every .item(), .tolist() and truth value is a wait: one a logging interval at the most."""
     calls = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
@@ -99,7 +100,7 @@ def test_no_step_waits_for_the_device(make_trainer, monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *a, _n=name, _o=original: (calls.append(_n), _o(self, *a))[1]
         )
-    trainer = make_trainer("engine.log_interval=3")
+    trainer = make_trainer("engine.log_interval=3", *words)
     calls.clear()
 
     trainer._train_epoch()
@@ -163,7 +164,7 @@ def test_training_too_fast_says_where_it_diverged(cakd, toy_file, tmp_path):
     result = cakd(
         "train-teacher",
         *("--data", f"tensors:{toy_file}", "--model", "resnet8", "--out", tmp_path / "run", "--batch-size", 16),
-        *("optimizer.learning_rate=100", "optimizer.nesterov=false", "optimizer.momentum=0.99", "model=wrn-16-1"),
+        *("optimizer.learning_rate=100", "optimizer.momentum=0.99"),
         *("optimizer.weight_decay=1", "engine.precision=fp32", "--epochs", 30),
     )
 
@@ -189,6 +190,26 @@ def test_the_average_follows_the_weights(make_trainer):
 
     for mean, parameter in zip(expected, trainer.network.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), mean)
+
+
+def test_the_average_has_the_counters_of_the_network(make_trainer):
+    trainer = make_trainer("engine.ema_decay=0.5", **{"engine.epochs": 1})
+    trainer.fit()
+
+    assert trainer.network.bn1.num_batches_tracked == trainer.task.student.bn1.num_batches_tracked == 9
+
+
+def test_held_out_answers_that_are_not_finite_stop_the_run(make_trainer):
+    trainer = make_trainer()
+    original = trainer._validate
+
+    def poisoned():
+        trainer.network.bn1.running_var.fill_(float("nan"))
+        return original()
+
+    trainer._validate = poisoned
+    with pytest.raises(DivergedError, match="held-out images are not finite after epoch 1"):
+        trainer.fit()
 
 
 def test_terms_are_weighted_summed_and_named(make_trainer):

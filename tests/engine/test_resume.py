@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from cakd_cli.engine import files, loop, run_directory
+from cakd_cli.app import main
+from cakd_cli.engine import files, loop
+from tests.conftest import train_toy
 
 COMMAND = (
     "distill",
@@ -32,9 +36,13 @@ COMMAND = (
 )
 
 
+def command(toy_file, toy_teacher):
+    return (*COMMAND, "--data", f"tensors:{toy_file}", "--teacher", str(toy_teacher))
+
+
 @pytest.fixture
 def words(toy_file, toy_teacher):
-    return (*COMMAND, "--data", f"tensors:{toy_file}", "--teacher", str(toy_teacher))
+    return command(toy_file, toy_teacher)
 
 
 def assert_same_run(left: Path, right: Path):
@@ -86,41 +94,93 @@ def test_killed_after_any_step(cakd, words, tmp_path, monkeypatch, moment, setti
     assert_same_run(straight, killed)
 
 
-@pytest.mark.parametrize("moment", range(0, 60, 4))
-def test_killed_in_the_middle_of_any_write(cakd, words, tmp_path, monkeypatch, moment):
-    """Every flush to disk is a place to die at: before it nothing counts as written."""
+class Disk:
+    """Counts flushes and dies at one: from then on nothing is written, and nothing is cleaned up either."""
+
+    def __init__(self, monkeypatch, dies_at=None):
+        self.count = 0
+        self.dead = False
+        for name, target in (("flush", files), ("unlink", files.Path), ("rmtree", files.shutil)):
+            original = getattr(target, name)
+            monkeypatch.setattr(target, name, self._mortal(original, dies_at if name == "flush" else None))
+
+    def _mortal(self, original, dies_at):
+        def call(*arguments, **options):
+            if dies_at is not None or original.__name__ == "flush":
+                self.dead = self.dead or self.count == dies_at
+                self.count += 1
+            if self.dead:
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def straight(toy_file, toy_teacher, tmp_path_factory):
+    """A run that nothing disturbs, and how often it flushes."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        patch.setattr(sys, "argv", ["cakd", *command(toy_file, toy_teacher), "--out", str(out)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0
+    return out, disk.count
+
+
+# Shares of all flushes, then the last ones one by one: model, config, card and facts.
+@pytest.mark.parametrize("moment", [0, 1, 2, 3, 4, 0.1, 0.3, 0.5, 0.7, 0.9, -10, -8, -6, -5, -4, -3, -2, -1])
+def test_killed_in_the_middle_of_any_write(cakd, words, straight, tmp_path, moment):
+    reference, flushes = straight
+    dies_at = round(moment * flushes) if isinstance(moment, float) else moment % flushes
     killed = tmp_path / "killed"
-    count = 0
-    original = files.flush
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, dies_at)
+        with pytest.raises(Killed):
+            cakd(*words, "--out", killed)
+    assert disk.dead
 
-    def dying(path):
-        nonlocal count
-        count += 1
-        if count == moment + 1:
-            raise Killed
-        original(path)
-
-    monkeypatch.setattr(files, "flush", dying)
-    with pytest.raises(Killed):
-        cakd(*words, "--out", killed)
-    monkeypatch.setattr(files, "flush", original)
     result = cakd(*words, "--out", killed, "--resume")
 
     assert result.code == 0, result.err
-    # Against the run that the first call of this test module's session made.
-    reference = tmp_path / "straight"
-    assert cakd(*words, "--out", reference).code == 0
     assert_same_run(reference, killed)
+    assert [path.name for path in killed.rglob("*.tmp*")] == []
 
 
-def start(words, out, *more):
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_while_another_run_is_replaced(cakd, words, straight, tmp_path, moment):
+    run = tmp_path / "run"
+    shutil.copytree(straight[0], run)
+    removed = 0
+    original = Path.unlink
+
+    def dying(path, missing_ok=False):
+        nonlocal removed
+        if path.parent == run and removed == moment:
+            raise Killed
+        removed += path.parent == run
+        original(path, missing_ok=missing_ok)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(Killed):
+            cakd(*words, "--out", run, "--overwrite")
+    result = cakd(*words, "--out", run, "--overwrite")
+
+    assert result.code == 0, result.err
+    assert_same_run(straight[0], run)
+
+
+def start(words, out, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "cakd_cli.app", *map(str, words), "--out", str(out), *more],
+        [sys.executable, "-m", "cakd_cli.app", *map(str, words), "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        **options,
     )
 
 
@@ -176,13 +236,56 @@ def test_other_settings_are_refused(cakd, words, tmp_path):
 
 
 def test_a_directory_in_use_is_refused(cakd, words, tmp_path):
-    directory = run_directory.RunDirectory.open(tmp_path / "run", overwrite=False)
+    (tmp_path / "run").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
 
     result = cakd(*words, "--out", tmp_path / "run")
 
-    directory.close()
+    other.communicate(b"\n")
     assert result.code == 4
     assert "is in use by another cakd" in result.err
+    assert cakd(*words, "--out", tmp_path / "run").code == 0
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(cakd, words, tmp_path):
+    bad = train_toy(
+        Path(words[words.index("--data") + 1].removeprefix("tensors:")),
+        tmp_path / "bad",
+        "optimizer.learning_rate=1e-9",
+    )
+
+    result = cakd(*words, "--teacher", bad, "--out", tmp_path / "run")
+
+    assert (result.code, "near chance" in result.err) == (4, True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["data", "teacher"])
+def test_other_data_or_another_teacher_is_refused(cakd, tmp_path, toy_file, what):
+    data = tmp_path / "data.safetensors"
+    data.write_bytes(toy_file.read_bytes())
+    teacher = train_toy(data, tmp_path / "teacher")
+    words = (*command(data, teacher), "--out", tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_stop_if_asked", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            cakd(*words)
+    if what == "data":
+        tensors = load_file(data)
+        tensors["train_images"][0] += 1
+        save_file(tensors, data, metadata={"class_names": json.dumps([f"class {i}" for i in range(4)])})
+    else:
+        shutil.rmtree(teacher)
+        train_toy(data, teacher, seed=1)
+
+    result = cakd(*words, "--resume")
+
+    assert result.code == 4
+    assert f"its {what} has changed since it began" in result.err
 
 
 def test_a_full_disk_is_one_error_and_the_run_goes_on_later(cakd, words, tmp_path, monkeypatch):
@@ -219,3 +322,33 @@ def test_a_damaged_checkpoint_is_named(cakd, words, tmp_path, monkeypatch):
     assert result.code == 4
     assert "damaged checkpoint" in result.err
     assert cakd(*words, "--out", run, "--overwrite").code == 0
+
+
+def test_every_ending_is_noted(cakd, words, tmp_path, monkeypatch):
+    for error, code, ended in (
+        (torch.OutOfMemoryError("full"), 7, "hardware"),
+        (OSError(28, "No space left on device"), 4, "failed"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        monkeypatch.setattr(loop.Trainer, "_validate", lambda self, error=error: (_ for _ in ()).throw(error))
+        out = tmp_path / ended
+        assert cakd(*words, "--out", out).code == code
+        assert json.loads((out / "run.json").read_text())["ended"] == ended
+
+
+def test_a_signal_to_the_whole_group_saves_with_workers_too(tmp_path):
+    """Ctrl-C, slurm and systemd signal the workers as well."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(20):
+                Image.new("RGB", (300 + i, 300)).save(tmp_path / "images" / part / name / f"{i}.png")
+    words = ("train-teacher", "--data", f"folder:{tmp_path / 'images'}", "data.image_size=32", "data.workers=1")
+    words += ("--model", "resnet8", "--batch-size", "4", "engine.checkpoint_seconds=0", "engine.log_interval=1")
+    process = start([*words, "--epochs", "1000"], tmp_path / "run", start_new_session=True)
+    wait_for(lambda: len(list((tmp_path / "run" / "checkpoints").glob("epoch-*"))) > 0, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 75, err
+    assert "Traceback" not in err

@@ -43,6 +43,15 @@ def test_quality_is_its_definition(answers):
     assert figures["ece"] == pytest.approx(ece, abs=1e-6)
 
 
+def test_ece_counts_a_confidence_of_one_in_the_last_bin():
+    # 100 answers at confidence 1, 90 of them right, and 100 at 0.95, all right: one bin, 0.95 right, 0.975 sure.
+    sure, nearly = torch.tensor([50.0, 0.0]), torch.tensor([0.95, 0.05]).log()
+    logits = torch.cat([sure.repeat(100, 1), nearly.repeat(100, 1)])
+    labels = torch.tensor([0] * 90 + [1] * 10 + [0] * 100)
+
+    assert metrics.quality(logits, labels)["ece"] == pytest.approx(0.025, abs=1e-5)
+
+
 def test_two_classes_have_a_top5_of_one():
     assert metrics.quality(torch.randn(9, 2), torch.zeros(9, dtype=torch.long))["top5"] == 1
 

@@ -49,7 +49,7 @@ def test_pt2_takes_any_batch_and_says_the_same(cakd, toy_teacher, tmp_path):
     assert program.module()(torch.zeros(9, 1, 8, 8)).shape == (9, 4)
 
 
-def test_hub_folder_alone_is_enough(cakd, toy_teacher, tmp_path):
+def test_hub_folder_alone_is_enough(cakd, toy_teacher, toy_file, tmp_path):
     assert cakd("export", toy_teacher, "--format", "safetensors", "--out", tmp_path / "hub").code == 0
     names = {path.name for path in (tmp_path / "hub").iterdir()}
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
@@ -58,9 +58,12 @@ def test_hub_folder_alone_is_enough(cakd, toy_teacher, tmp_path):
     assert (config["num_classes"], config["num_features"]) == (4, 64)
     assert config["pretrained_cfg"]["input_size"] == [1, 8, 8]
     assert config["pretrained_cfg"]["classifier"] == "fc"
-    # The folder is a teacher and can be measured, given the data.
-    data = saved_model.json.loads((toy_teacher / "run.json").read_text())["data"]
-    assert config["cakd"]["data"]["fingerprint"] == data["fingerprint"]
+    assert config["pretrained_cfg"]["crop_pct"] == 1.0
+    # It is a teacher, and can be measured, given the data.
+    words = ("--data", f"tensors:{toy_file}")
+    report = cakd("eval", tmp_path / "hub", *words, "--teacher", tmp_path / "hub", "--json").document
+    assert report["quality"] == cakd("eval", toy_teacher, "--json").document["quality"]
+    assert report["teacher"]["fidelity"]["agreement"] == 1
 
 
 def test_the_students_file_holds_the_student_alone(toy_teacher):

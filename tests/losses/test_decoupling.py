@@ -143,6 +143,16 @@ def test_finite_for_any_finite_logits(scale, classes, autocast):
             assert gradient.isfinite().all(), name
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_logit_that_is_not_finite_cannot_pass_unseen(value):
+    student, teacher, target = torch.zeros(2, 3), torch.randn(2, 3), torch.tensor([0, 1])
+    student[0, 0] = value
+    student.requires_grad_()
+    for name, loss in losses(student, teacher, target):
+        (gradient,) = torch.autograd.grad(loss.total, student)
+        assert not (loss.total.isfinite() and gradient.isfinite().all()), name
+
+
 def test_batch_of_one_and_bf16_inputs_are_computed_in_float32():
     student, teacher = torch.randn(1, 5).bfloat16(), torch.randn(1, 5).bfloat16()
 

@@ -129,6 +129,18 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         models.load_state(build("resnet8"), models.read_state(tmp_path / "w.safetensors"), source="w.safetensors")
 
 
+def test_published_weights_fit_but_for_the_head():
+    source = spec(type="torchvision", name="resnet18").build(in_channels=3, num_classes=1000).state_dict()
+    model = spec(type="torchvision", name="resnet18").build(in_channels=3, num_classes=4)
+
+    models.load_but_head(model, source, source="file")
+
+    assert torch.equal(model.conv1.weight, source["conv1.weight"])
+    assert model.fc.weight.shape == (4, 512)
+    with pytest.raises(InputError, match=r"of another shape: conv1.weight"):
+        models.load_but_head(model, source | {"conv1.weight": torch.zeros(1)}, source="file")
+
+
 def spec(**options):
     return TypeAdapter(ModelOptions).validate_python(options)
 
