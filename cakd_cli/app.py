@@ -1,5 +1,6 @@
 """Every command that a user can type."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -9,12 +10,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from cakd_cli import __version__
-from cakd_cli.errors import CakdError, ExitCode, InputError
+from cakd_cli.errors import CakdError, ExitCode, InputError, InterruptedRunError
 
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in cakd, 2 a wrong word, 3 a wrong recipe, 4 missing or damaged input, "
     "5 training diverged, 6 a check failed, 7 hardware, "
-    "75 stopped and saved (run again with --resume), 130 interrupted."
+    "75 stopped and saved (run again with --resume), 130 interrupted, 141 nobody reads the output."
 )
 
 app = typer.Typer(
@@ -294,23 +295,55 @@ def recipes_copy(
 
 def main() -> NoReturn:
     """Run the command line; every failure becomes one message and its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     json_mode = "--json" in sys.argv
     try:
+        code = _run(json_mode)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = int(ExitCode.BROKEN_PIPE)
+    except OSError as error:
+        # The result itself cannot be written: say so where that is still possible.
+        code = _report(_translate(error), json_mode=False)
+    finally:
+        _forget_unwritten_output()
+    sys.exit(code)
+
+
+def _run(json_mode: bool) -> int:
+    try:
         app()
-        code = int(ExitCode.OK)
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
         code = stop.code if isinstance(stop.code, int) else int(ExitCode.INTERNAL)
+        if code == ExitCode.INTERRUPTED:
+            return _report(InterruptedRunError("interrupted"), json_mode)
         if json_mode and code == ExitCode.USAGE:
             typer.echo('{"error": {"code": "usage", "message": "see stderr", "hint": "cakd --help"}}')
+        return code
     except CakdError as error:
-        code = _report(error, json_mode)
+        return _report(error, json_mode)
     except KeyboardInterrupt:
-        code = int(ExitCode.INTERRUPTED)
+        return _report(InterruptedRunError("interrupted"), json_mode)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if os.environ.get("CAKD_DEBUG"):
             raise
-        code = _report(_translate(error), json_mode)
-    sys.exit(code)
+        return _report(_translate(error), json_mode)
+    return int(ExitCode.OK)
+
+
+def _forget_unwritten_output() -> None:
+    """Keep Python from trying, and complaining, once more at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(error: CakdError, json_mode: bool) -> int:
@@ -325,8 +358,12 @@ def _report(error: CakdError, json_mode: bool) -> int:
 def _translate(error: Exception) -> CakdError:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        hint = "make room, then run again with --resume" if error.errno == errno.ENOSPC else None
-        return InputError(f"{error.strerror or error}{place}", hint=hint)
+        hint = "make room, then run the same command again; a training run with --resume"
+        return InputError(f"{error.strerror or error}{place}", hint=hint if error.errno == errno.ENOSPC else None)
+    if isinstance(error, UnicodeError):
+        return InputError(f"a name or path is not text in this terminal's encoding: {error}")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return InputError("a path begins with ~ and a name that is no user's")
     return CakdError(
         f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
     )

@@ -1,5 +1,6 @@
 """What reaches the user: results on stdout, everything else on stderr."""
 
+import contextlib
 import json
 import sys
 import time
@@ -49,7 +50,9 @@ class Console:
     def note(self, text: str) -> None:
         """Say one line on stderr."""
         if not self.quiet:
-            (self._bar.console if self._bar else self.stderr).print(text, style="dim", markup=False)
+            # A stderr that is full or gone is no reason to end a run.
+            with contextlib.suppress(OSError):
+                (self._bar.console if self._bar else self.stderr).print(text, style="dim", markup=False)
 
     def detail(self, text: str) -> None:
         """Say what only --verbose wants."""
@@ -106,17 +109,18 @@ class Console:
 def _console(*, stderr: bool) -> RichConsole:
     # Wrapped between words for a person, one line a message for a file or a pipe.
     stream = sys.stderr if stderr else sys.stdout
-    return RichConsole(stderr=stderr, highlight=False, soft_wrap=not stream.isatty())
+    return RichConsole(stderr=stderr, highlight=False, emoji=False, soft_wrap=not stream.isatty())
 
 
 def show_error(error: CakdError, *, json_mode: bool) -> None:
     """Say what went wrong and what to do, on stderr; in JSON mode on stdout as well."""
     stderr = _console(stderr=True)
-    stderr.print("error:", style="bold red", end=" ")
-    stderr.print(error.message, markup=False)
-    if error.hint:
-        stderr.print("\nhint:", style="bold cyan", end=" ")
-        stderr.print(error.hint, markup=False)
+    with contextlib.suppress(OSError):
+        stderr.print("error:", style="bold red", end=" ")
+        stderr.print(error.message, markup=False)
+        if error.hint:
+            stderr.print("\nhint:", style="bold cyan", end=" ")
+            stderr.print(error.hint, markup=False)
     if json_mode:
         content = {"code": error.code, "message": error.message, "hint": error.hint}
         sys.stdout.write(json.dumps({**error.document, "error": content}, ensure_ascii=False) + "\n")

@@ -7,7 +7,8 @@ CakdError                      1   a bug in cakd when raised as itself
  |- DivergedError              5   training met a value that is not finite
  |- CheckFailedError           6   eval --min-top1 or the comparison after an export
  |- HardwareError              7   no such device, or its memory is full
- '- StoppedError              75   stopped on request after a saved checkpoint: run again with --resume
+ |- StoppedError              75   stopped on request after a saved checkpoint: run again with --resume
+ '- InterruptedRunError      130   interrupted without a checkpoint
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ class ExitCode(IntEnum):
     HARDWARE = 7
     STOPPED = 75
     INTERRUPTED = 130
+    BROKEN_PIPE = 141
 
 
 class CakdError(Exception):
@@ -96,6 +98,13 @@ class StoppedError(CakdError):
 
     exit_code = ExitCode.STOPPED
     code = "stopped"
+
+
+class InterruptedRunError(CakdError):
+    """A signal ended the command where nothing could be saved."""
+
+    exit_code = ExitCode.INTERRUPTED
+    code = "interrupted"
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 
 from cakd_cli import app as app_module
 from cakd_cli.app import app
@@ -242,6 +244,11 @@ def wrong(tmp_path_factory, toy_file, toy_teacher):
     write_tensors_file(root / "five.safetensors", classes=5)
     write_tensors_file(root / "renamed.safetensors", names=False)
     write_tensors_file(root / "colour.safetensors", channels=3)
+    write_tensors_file(root / "large.safetensors", size=16)
+    write_tensors_file(root / "one.safetensors", classes=1)
+    content = load_file(toy_file)
+    save_file(content | {"train_labels": content["train_labels"] + 2**40}, root / "huge.safetensors")
+    (root / "deep.yaml").write_text("a: " + "[" * 3000)
     (root / "cut.safetensors").write_bytes(toy_file.read_bytes()[:500])
     (root / "data.safetensors.xz").write_bytes(b"xz")
     (root / "data.npz").write_bytes(b"npz")
@@ -255,12 +262,19 @@ def wrong(tmp_path_factory, toy_file, toy_teacher):
     (root / "file").write_text("a file")
     (root / "unfinished").mkdir()
     (root / "unfinished" / "recipe.yaml").write_text("data: digits\nmodel: resnet8\n")
-    for name in ("no-config", "bad-config", "cut-weights"):
+    for name in ("no-config", "bad-config", "cut-weights", "two-means", "odd-metrics"):
         (root / name).mkdir()
         for file in ("recipe.yaml", "config.json", "model.safetensors"):
             (root / name / file).write_bytes((toy_teacher / file).read_bytes())
     (root / "no-config" / "config.json").unlink()
     (root / "bad-config" / "config.json").write_text('{"architecture": "resnet18"}')
+    for name, change in (
+        ("two-means", lambda config: config["pretrained_cfg"].update(mean=[0.1, 0.2])),
+        ("odd-metrics", lambda config: config["cakd"]["metrics"]["test"].update(top1="good")),
+    ):
+        config = json.loads((root / name / "config.json").read_text())
+        change(config)
+        (root / name / "config.json").write_text(json.dumps(config))
     weights = root / "cut-weights" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     untrained = subprocess.run(
@@ -325,9 +339,17 @@ WRONG = [
     (3, "exclude each other", ("train-teacher", *TOY, "--model", "resnet8", "--resume", "--overwrite")),
     (3, "knows 4 classes, five has 5", (*ON, "tensors:{wrong}/five.safetensors")),
     (3, "name their classes differently", (*ON, "tensors:{wrong}/renamed.safetensors")),
-    (3, "the teacher takes 1 channels", (*ON, "tensors:{wrong}/colour.safetensors")),
+    (
+        3,
+        "was trained on images of 1 x 8 x 8, those of colour are 3 x 8 x 8",
+        (*ON, "tensors:{wrong}/colour.safetensors"),
+    ),
     (3, "knows 4 classes, digits has 10", (*EVAL_ON, "digits")),
-    (3, "takes 1 channels, the images of colour have 3", (*EVAL_ON, "tensors:{wrong}/colour.safetensors")),
+    (
+        3,
+        "was trained on images of 1 channels, those of colour have 3",
+        (*EVAL_ON, "tensors:{wrong}/colour.safetensors"),
+    ),
     (3, "has no held-out images", (*EVAL_ON, "tensors:{toy}", "--split", "val")),
     (3, "does not end in .onnx", ("export", "{teacher}", "--format", "onnx", "--out", "{tmp}/model.bin")),
     (4, "no such data file", (*TRAIN_ON, "tensors:{wrong}/none.safetensors")),
@@ -351,6 +373,27 @@ WRONG = [
     (4, "no such run directory", ("eval", "{wrong}/none")),
     (4, "no such run directory", ("export", "{wrong}/none", "--format", "onnx")),
     (4, "holds other files: thesis.tex", ("export", "{teacher}", "--format", "safetensors", "--out", "{wrong}/other")),
+    (3, "was trained on images of (8, 8) pixels", (*EVAL_ON, "tensors:{wrong}/large.safetensors")),
+    (3, "was trained on images of 1 x 8 x 8, those of large", (*ON, "tensors:{wrong}/large.safetensors")),
+    (3, "no classifier 'nope'", ("distill", *TOY[:2], "--student", "resnet8", "--teacher", "torchvision:nope")),
+    (3, "teacher: is empty", (*DISTIL, "--teacher", "")),
+    (3, "--student: model: no 'reznet8' here", ("distill", *TOY, "--student", "reznet8", "--teacher", "{teacher}")),
+    (3, "--batch-size: engine.evaluation_batch_size", ("eval", "{teacher}", "--batch-size", "0")),
+    (3, "lies in", (*DISTIL, "--teacher", "{teacher}", "--out", "{teacher}", "--resume", "--epochs", "9")),
+    (3, "the tag", (*DISTIL, "--teacher", "{teacher}", "seed=!!int abc")),
+    (3, "²: unknown key", (*DISTIL, "--teacher", "{teacher}", "²=1")),
+    (3, "not a number that can be read", (*DISTIL, "--teacher", "{teacher}", "seed=" + "9" * 5000)),
+    (3, "nested too deeply", ("distill", "{wrong}/deep.yaml")),
+    (3, "optimizer: no 'adam' here; did you mean adamw", (*DISTIL, "--teacher", "{teacher}", "optimizer=adam")),
+    (4, "1 class names", (*TRAIN_ON, "tensors:{wrong}/one.safetensors")),
+    (4, "a label is 1099511627779", (*TRAIN_ON, "tensors:{wrong}/huge.safetensors")),
+    (4, "no run to resume", ("distill", "--resume", "--out", "{tmp}/none")),
+    (4, "no user's", ("eval", "~nobody-here/run")),
+    (4, "must have 1 numbers", ("eval", "{wrong}/two-means")),
+    (4, "metrics must be numbers", ("export", "{wrong}/odd-metrics", "--format", "safetensors", "--out", "{tmp}/hub")),
+    (4, "cannot read the recipe", ("recipes", "show", "{wrong}/binary.yaml")),
+    (2, "--out is empty", (*DISTIL, "--teacher", "{teacher}", "--out", "")),
+    (7, "no device 'cpu:5'", (*DISTIL, "--teacher", "{teacher}", "--device", "cpu:5")),
     (7, "no device 'cuda:9'", (*DISTIL, "--teacher", "{teacher}", "--device", "cuda:9")),
     (7, "no such device 'gpu'", (*DISTIL, "--teacher", "{teacher}", "--device", "gpu")),
 ]
@@ -381,8 +424,6 @@ def test_wrong_input_gets_one_clear_error(
 
 def _without_validation(folder: Path, toy_file: Path) -> Path:
     """Two images a class: too few to hold one out."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(toy_file)
     part = {key: value[:8] for key, value in tensors.items()}
     save_file(part, folder / "flat.safetensors", metadata={"class_names": json.dumps([f"class {i}" for i in range(4)])})
@@ -423,6 +464,98 @@ def test_no_colour_codes_where_they_are_not_wanted(toy_teacher):
 
     assert "\x1b" not in done.stderr
     assert done.returncode == 4
+
+
+def test_names_with_an_equals_sign_are_paths_where_they_must_be(cakd, toy_file, tmp_path):
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
+    assert cakd(*words, "--epochs", 1, "--out", tmp_path / "lr=0.1").code == 0
+
+    assert cakd("eval", tmp_path / "lr=0.1").code == 0
+    assert cakd("train-teacher", "--resume", "--out", tmp_path / "lr=0.1").code == 0
+    (tmp_path / "a=b.yaml").write_text((tmp_path / "lr=0.1" / "recipe.yaml").read_text())
+    assert cakd("train-teacher", tmp_path / "a=b.yaml", "--dry-run").code == 0
+
+
+def test_replacing_a_run_removes_its_exports(cakd, toy_file, toy_teacher, tmp_path):
+    shutil.copytree(toy_teacher, tmp_path / "run")
+    for kind in ("pt2", "safetensors"):
+        assert cakd("export", tmp_path / "run", "--format", kind).code == 0
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
+
+    assert cakd(*words, "--epochs", 1, "--out", tmp_path / "run", "--overwrite").code == 0
+    assert not (tmp_path / "run" / "model.pt2").exists()
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_project_with_a_recipe_is_not_a_run(cakd, toy_teacher, toy_file, tmp_path):
+    for name in ("recipe.yaml", "README.md", "config.json"):
+        shutil.copy(toy_teacher / name, tmp_path / name)
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
+
+    result = cakd(*words, "--out", tmp_path, "--overwrite")
+
+    assert (result.code, "not a run's" in result.err) == (4, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "README.md", "config.json"}
+
+
+def test_a_finished_run_without_its_model_is_trained_again(cakd, toy_file, tmp_path):
+    words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
+    words += ("--epochs", 1, "--out", tmp_path / "run")
+    assert cakd(*words).code == 0
+    (tmp_path / "run" / "model.safetensors").unlink()
+
+    assert "--resume" in cakd("eval", tmp_path / "run").err
+    assert cakd(*words, "--resume").code == 0
+    assert cakd("eval", tmp_path / "run").code == 0
+
+
+@pytest.mark.parametrize("redirect", ["| true", "> /dev/full", ">&-", "2>&-", "2> /dev/full"])
+@pytest.mark.parametrize("mode", ["", "--json"])
+def test_output_that_goes_nowhere(redirect, mode):
+    command = f"{sys.executable} -m cakd_cli.app recipes list {mode} {redirect}; echo ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+
+    assert "Traceback" not in done.stderr
+    assert "bug in cakd" not in done.stderr
+    assert int(done.stderr.split()[-1]) in ({0, 4, 141} if redirect.startswith((">", "|")) else {0})
+
+
+def test_an_interrupt_is_said(cakd, monkeypatch, toy_teacher):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cakd_cli.engine.saved_model.read", interrupted)
+    result = cakd("eval", toy_teacher, "--json")
+
+    assert result.code == 130
+    assert result.document["error"]["code"] == "interrupted"
+    assert "error: interrupted" in result.err
+
+
+def test_no_emoji_in_messages(cakd, tmp_path):
+    (tmp_path / "l.yaml").write_text("# \n" * 99 + "foo: 1\n")
+
+    assert "l.yaml:100: foo: unknown key" in cakd("distill", tmp_path / "l.yaml").err
+
+
+def test_a_short_form_of_one_kind_keeps_the_other_settings(cakd, tmp_path):
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "a" / part / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (30 + i, 30), (i, 0, 255 * (name == "dog"))).save(
+                    tmp_path / "a" / part / name / f"{i}.png"
+                )
+    words = ("--model", "resnet8", "--batch-size", 4, "--epochs", 1, "data.workers=0", "data.image_size=16")
+    assert cakd("train-teacher", "--data", f"folder:{tmp_path / 'a'}", *words, "--out", tmp_path / "run").code == 0
+    plain = cakd("eval", tmp_path / "run", "--json").document
+
+    assert (
+        cakd("eval", tmp_path / "run", "--data", f"folder:{tmp_path / 'a'}", "--json").document["quality"]
+        == plain["quality"]
+    )
 
 
 def test_several_processes_are_refused(cakd, monkeypatch, toy_file):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cakd_cli.console import Console
-from cakd_cli.data import ImageDataSet, Split
+from cakd_cli.data import FolderSpec, ImageDataSet, Split
 from cakd_cli.engine import hardware as hardware_module
 from cakd_cli.engine import run_directory, saved_model
 from cakd_cli.engine.hardware import Hardware
@@ -72,13 +72,20 @@ def measure(
         raise InputError(f"{path} does not say on which data to measure", hint="give --data")
     if recipe_file.is_file():
         run_directory.read_recipe(path)  # a damaged file is told apart from a wrong flag
-        words = [str(recipe_file)]
     else:
-        words = []
         flags["model"] = "resnet8"  # never built: the folder's own network is measured
-    recipe = resolve([*words, "engine.device=auto", "engine.precision=fp32"], flags)
+    recipe = resolve(
+        ["engine.device=auto", "engine.precision=fp32"],
+        flags,
+        file=recipe_file if recipe_file.is_file() else None,
+        flag_names={"engine.evaluation_batch_size": "--batch-size"},
+    )
     machine = hardware_module.choose(recipe.engine)
-    image_data = recipe.data.load()
+    spec = recipe.data
+    if isinstance(spec, FolderSpec):
+        # Files have no size of their own: they are shown as the network saw them.
+        spec = spec.model_copy(update={"image_size": saved.image_size[0], "test_crop": saved.crop_pct})
+    image_data = spec.load()
     check_fits(saved, image_data, run)
     images = choose_split(image_data, split)
 
@@ -137,8 +144,12 @@ def check_fits(saved: SavedModel, data: ImageDataSet, run: str) -> None:
             f"{run} knows {len(saved.class_names)} classes, {data.name} has {data.num_classes}{detail}",
             hint="measure it on the data that it was trained for",
         )
-    if saved.channels != data.channels:
-        raise RecipeError(f"{run} takes {saved.channels} channels, the images of {data.name} have {data.channels}")
+    for what, known, shown in (
+        ("channels", saved.channels, data.channels),
+        ("pixels", saved.image_size, data.image_size),
+    ):
+        if known != shown:
+            raise RecipeError(f"{run} was trained on images of {known} {what}, those of {data.name} have {shown}")
 
 
 def choose_split(data: ImageDataSet, name: str) -> Split:

@@ -7,6 +7,7 @@ from cakd_cli import export
 from cakd_cli.commands.evaluate import check_fits
 from cakd_cli.console import Console
 from cakd_cli.engine import run_directory, saved_model
+from cakd_cli.errors import UsageError
 from cakd_cli.export.check import real_images
 
 
@@ -25,6 +26,10 @@ def export_run(run: str, *, format: str, out: str | None) -> dict[str, Any]:  # 
     path = Path(run).expanduser()
     saved = saved_model.read(path)
     target = Path(out).expanduser() if out else path / run_directory.EXPORT_NAMES[format]
+    if out == "":
+        raise UsageError("--out is empty")
+    if format != "safetensors" and target.is_dir():
+        target = target / run_directory.EXPORT_NAMES[format]
     if format == "safetensors":
         export.check_folder(target)
         saved_model.write(target, saved)

@@ -18,7 +18,7 @@ def list_all(*, console: Console) -> None:
 
 def show(name: str) -> None:
     """Print a recipe as it stands."""
-    sys.stdout.write(shipped.find(name)[0].read_text(encoding="utf-8"))
+    sys.stdout.write(_text(shipped.find(name)[0]))
 
 
 def copy(name: str, path: str | None) -> None:
@@ -34,5 +34,17 @@ def copy(name: str, path: str | None) -> None:
     if target.exists():
         raise InputError(f"{target} exists", hint="choose another name: cakd recipes copy NAME PATH")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    text = _text(source)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
     sys.stdout.write(f"{target}\n")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from error

@@ -8,10 +8,10 @@ from rich.console import Console as RichConsole
 
 from cakd_cli.console import Console
 from cakd_cli.engine import run_directory, training
-from cakd_cli.errors import RecipeError
+from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe import strict_yaml
-from cakd_cli.recipe.resolve import resolve
-from cakd_cli.recipe.schema import Recipe
+from cakd_cli.recipe.resolve import names_recipe, resolve
+from cakd_cli.recipe.schema import Recipe, RunTeacher
 from cakd_cli.report import tables
 
 
@@ -54,17 +54,27 @@ def train(
     """
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite exclude each other", hint="choose one")
-    saved = Path(out) / "recipe.yaml" if out else None
-    if resume and saved is not None and saved.is_file() and all("=" in word for word in words):
-        words = [str(saved), *words]
-    recipe = resolve(words, flags, defaults={"loss": "cakd"} if distil else None)
+    if out == "":
+        raise UsageError("--out is empty")
+    saved = Path(out) / "recipe.yaml" if out and resume else None
+    if saved is not None and saved.is_file():
+        run_directory.read_recipe(saved.parent)  # a damaged file is told apart from a wrong word
+    elif saved is not None and not words and all(value is None for value in flags.values()):
+        raise InputError(f"no run to resume in {out}", hint="give its settings, or another --out")
+    recipe = resolve(
+        words,
+        flags,
+        file=saved if saved is not None and saved.is_file() and not any(map(names_recipe, words)) else None,
+        defaults={"loss": "cakd"} if distil else None,
+        flag_names={"model": "--student"} if distil else None,
+    )
     if not distil and recipe.needs_teacher:
         raise RecipeError(
             "train-teacher learns from labels alone, but the loss compares with a teacher", hint="cakd distill"
         )
     path = Path(out) if out else _default_out(recipe, distil=distil)
-    if not dry_run:
-        run_directory.check_free(path, resume=resume, overwrite=overwrite)
+    run_directory.check_free(path, resume=resume, overwrite=overwrite)
+    _check_sources(recipe, path)
     prepared = training.prepare(recipe)
     console.detail(strict_yaml.dump(run_directory.type_first(prepared.recipe.model_dump(mode="json"))))
     if recipe.teacher is not None and not recipe.needs_teacher:
@@ -73,6 +83,16 @@ def train(
         return training.plan(prepared) | {"out": str(path)}
     facts = training.run(prepared, path, resume=resume, overwrite=overwrite, progress=console)
     return facts | {"out": str(path)}
+
+
+def _check_sources(recipe: Recipe, out: Path) -> None:
+    """Refuse a run that would replace what it reads."""
+    sources = [recipe.model.weights]
+    if recipe.teacher is not None:
+        sources.append(recipe.teacher.path if isinstance(recipe.teacher, RunTeacher) else recipe.teacher.weights)
+    for source in sources:
+        if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
+            raise RecipeError(f"{source} lies in {out}, where the run would be written", hint="give another --out")
 
 
 def _default_out(recipe: Recipe, *, distil: bool) -> Path:

@@ -23,4 +23,4 @@ def names() -> dict[str, type[DataSpec]]:
     return {name: spec for spec in SPECS for name in get_args(spec.model_fields["type"].annotation)}
 
 
-__all__ = ["SPECS", "Batch", "DataOptions", "DataSpec", "ImageDataSet", "MemorySplit", "Split", "names"]
+__all__ = ["SPECS", "Batch", "DataOptions", "DataSpec", "FolderSpec", "ImageDataSet", "MemorySplit", "Split", "names"]

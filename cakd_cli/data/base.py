@@ -103,7 +103,9 @@ class DataSpec(BaseModel):
         lt=1,
         description="share of each training class held out to choose the best epoch, where there is no val/",
     )
-    split_seed: int = Field(0, ge=0, description="seed of the held-out share; the same for teacher and students")
+    split_seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="seed of the held-out share; the same for teacher and students"
+    )
 
     def load(self) -> ImageDataSet:
         """Read the data.

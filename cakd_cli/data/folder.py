@@ -56,8 +56,11 @@ class _Images(Dataset[Any]):
         path, label = self.samples[index]
         try:
             with Image.open(path) as file:
+                if file.mode.startswith(("I", "F")):
+                    # Pillow would cut every value above 255 to white.
+                    return f"{path}: has more than 8 bits a channel; convert it to 8"
                 image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
             return f"{path}: cannot be read as an image: {error}"
         if epoch == _NO_EPOCH:
             return self.plain(image), label
@@ -156,6 +159,10 @@ class FolderSpec(DataSpec):
                 hint="put the images in train/CLASS/ and test/CLASS/",
             )
         classes = sorted(_folders(root / "train"))
+        if len(classes) < 2:
+            raise InputError(
+                f"{root / 'train'} has {len(classes)} class folder(s)", hint="a classifier needs two at least"
+            )
         for part in held:
             _check_classes(classes, sorted(_folders(root / part)), root, part)
         files = {part: _list(root / part, classes) for part in ("train", *held)}
@@ -204,7 +211,7 @@ def _list(path: Path, classes: list[str]) -> list[tuple[str, int]]:
 
     try:
         # Not ImageFolder, which would count hidden folders as classes.
-        return list(make_dataset(str(path), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS))
+        return list(make_dataset(str(path), {name: i for i, name in enumerate(classes)}, (*IMG_EXTENSIONS, ".gif")))
     except FileNotFoundError as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
 

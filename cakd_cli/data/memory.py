@@ -105,6 +105,11 @@ def memory_data_set(
     Raises:
         InputError: If shapes, types or labels do not fit.
     """
+    if len(set(class_names)) != len(class_names) or len(class_names) < 2:
+        raise InputError(
+            f"{source}: {len(class_names)} class names, {len(set(class_names))} of them different",
+            hint="a classifier needs two classes at least, each with a name of its own",
+        )
     for part, (images, labels) in (("train", train), ("test", test)):
         _check(images, labels, len(class_names), f"{source}: {part}")
     if train[0].shape[1:] != test[0].shape[1:]:
@@ -147,6 +152,7 @@ def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> Non
             f"for {len(images)} images",
             hint="they must be one integer an image",
         )
+    labels = labels.long()
     if labels.min() < 0 or labels.max() >= num_classes:
         raise InputError(
             f"{source} labels run from {labels.min()} to {labels.max()}, but there are {num_classes} classes",

@@ -12,6 +12,8 @@ from cakd_cli.data.base import ImageDataSet
 from cakd_cli.data.memory import MemoryDataSpec, memory_data_set
 from cakd_cli.errors import InputError
 
+# Above this a label is a mistake, not a class.
+MOST_CLASSES = 100_000
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -79,7 +81,10 @@ def _read(spec: MemoryDataSpec, path: Path) -> ImageDataSet:
 
 def _class_names(metadata: dict[str, str], labels: torch.Tensor, path: Path) -> list[str]:
     if "class_names" not in metadata:
-        return [str(label) for label in range(int(labels.max()) + 1 if labels.numel() else 1)]
+        largest = int(labels.long().max()) if labels.numel() and not labels.dtype.is_floating_point else 0
+        if largest >= MOST_CLASSES:
+            raise InputError(f"{path}: a label is {largest}", hint="labels must count classes from 0")
+        return [str(label) for label in range(max(largest, 1) + 1)]
     try:
         names = json.loads(metadata["class_names"])
     except ValueError:

@@ -79,7 +79,7 @@ def _choose_device(name: str, reasons: dict[str, str]) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise HardwareError(f"no such device '{name}'; {here}", hint="cakd env lists the devices") from error
-    if device.type == "cpu":
+    if device.type == "cpu" and not device.index:
         return device
     if (
         accelerator is None

@@ -5,6 +5,7 @@ finite, stay there until a logging interval ends.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
 from cakd_cli.engine.schedule import learning_rate
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.engine.task import Task
-from cakd_cli.errors import DivergedError, StoppedError
+from cakd_cli.errors import DivergedError, InputError, StoppedError
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import predict
 from cakd_cli.recipe.schema import AdamWOptions, Recipe, SGDOptions
@@ -166,10 +167,14 @@ class Trainer:
             where = f"step {int(first_bad)} (epoch {int(first_bad) // self.steps_per_epoch + 1})"
             raise DivergedError(
                 f"the loss or a gradient is not finite at {where}; the weights were left as they were before it",
-                hint="lower optimizer.learning_rate, or set schedule.warmup_epochs",
+                hint=self._hint_on_divergence(),
             )
         count = self.step * self.recipe.engine.gradient_accumulation
         return {name: value / count for name, value in zip(self.part_names, sums, strict=True)}
+
+    def _hint_on_divergence(self) -> str:
+        hint = "lower optimizer.learning_rate, or set schedule.warmup_epochs"
+        return hint + (", or engine.precision=fp32" if self.hardware.precision == "bf16" else "")
 
     def _validate(self) -> dict[str, Any]:
         if self.data.validation is None:
@@ -185,7 +190,7 @@ class Trainer:
         if not math.isfinite(figures["nll"]):
             raise DivergedError(
                 f"the answers to held-out images are not finite after epoch {self.epoch + 1}",
-                hint="lower optimizer.learning_rate, or set schedule.warmup_epochs",
+                hint=self._hint_on_divergence(),
             )
         if metrics.is_better(figures, self.best):
             self.best = {"epoch": self.epoch + 1, **figures}
@@ -195,12 +200,13 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self.stop.signal_name is None or self.epoch == self.recipe.engine.epochs:
             return
-        self._means()  # a checkpoint of a diverged run would be of no use
+        if self.sums is not None:
+            self._means()  # a checkpoint of a diverged run would be of no use
         self._save()
         command = "distill" if self.recipe.teacher else "train-teacher"
         raise StoppedError(
             f"stopped by {self.stop.signal_name} after epoch {self.epoch}, step {self.step}; checkpoint saved",
-            hint=f"cakd {command} --resume --out {self.run.path}",
+            hint=f"cakd {command} --resume --out {shlex.quote(str(self.run.path))}",
         )
 
     def _save_if_due(self, *, last: bool = False) -> None:
@@ -221,7 +227,20 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a saved moment."""
+        """Go on from a saved moment.
+
+        Raises:
+            InputError: If its parts do not fit the run.
+        """
+        try:
+            self._restore(checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(
+                f"{self.run.path}: damaged checkpoint: {what}", hint="start again with --overwrite"
+            ) from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         self.task.student.load_state_dict(checkpoint.model)
         tensors = checkpoint.training
         _load_flat_state(self.optimizer, self.parameters, _under("optimizer.", tensors))
@@ -231,7 +250,9 @@ class Trainer:
         if self.hardware.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.hardware.device)
         self.sums = tensors["sums"].to(self.hardware.device) if "sums" in tensors else None
-        self.epoch, self.step = checkpoint.state["epoch"], checkpoint.state["step"]
+        self.epoch, self.step = int(checkpoint.state["epoch"]), int(checkpoint.state["step"])
+        if not (0 <= self.epoch <= self.recipe.engine.epochs and 0 <= self.step < self.steps_per_epoch):
+            raise ValueError(f"epoch {self.epoch}, step {self.step} lies outside the run")
         self.part_names, self.best = checkpoint.state["part_names"], checkpoint.state["best"]
         self.best_state = checkpoint.best
 

@@ -7,6 +7,7 @@ checkpoints/       epoch-EEEEE-step-SSSSSS/: model, training and best .safetenso
 model.safetensors  config.json  README.md      the finished network
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -56,7 +57,7 @@ class Checkpoint:
 class RunDirectory:
     """One run's folder, locked while it is open."""
 
-    def __init__(self, path: Path, lock: TextIO, *, created: bool) -> None:
+    def __init__(self, path: Path, lock: TextIO, created: list[Path]) -> None:
         self.path = path
         self._lock = lock
         self._created = created
@@ -68,9 +69,9 @@ class RunDirectory:
         Raises:
             InputError: If another process is using it, or as :func:`check_free`.
         """
-        created = not path.exists()
-        if path.is_file():
-            check_free(path, resume=resume, overwrite=overwrite)
+        created = [folder for folder in (path, *path.parents) if not folder.exists()]
+        # Before the lock, so that a folder of somebody else's gets none; and once more under it.
+        check_free(path, resume=resume, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
         try:
@@ -81,7 +82,7 @@ class RunDirectory:
             raise InputError(
                 f"{path} is in use by another cakd", hint="wait for it, or choose another folder with --out"
             ) from error
-        directory = cls(path, lock, created=created)
+        directory = cls(path, lock, created)
         try:
             check_free(path, resume=resume, overwrite=overwrite)
             directory._clean(all_of_it=overwrite)
@@ -94,16 +95,18 @@ class RunDirectory:
         names = _OWN_NAMES if all_of_it else ()
         leftovers = [entry.name for entry in self.path.iterdir() if _is_temporary(entry.name)]
         for path in (self.path / name for name in (*leftovers, *names)):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the folder free; one that was made for a run that never began goes again."""
+        """Give the folder free; what was made for a run that never began goes again."""
         if self._created and [entry.name for entry in self.path.iterdir()] == [".lock"]:
             (self.path / ".lock").unlink()
-            self.path.rmdir()
+            with contextlib.suppress(OSError):  # a parent that somebody else uses by now
+                for folder in self._created:
+                    folder.rmdir()
         self._lock.close()
 
     def facts(self) -> dict[str, Any]:
@@ -133,11 +136,13 @@ class RunDirectory:
         """Read the whole lines of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         lines = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+                line["epoch"] + line["images_per_second"]
+            except (ValueError, TypeError, KeyError):
                 break  # torn by a kill; nothing whole can follow
+            lines.append(line)
         return lines
 
     def keep_metrics(self, epochs: int) -> None:
@@ -193,7 +198,8 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{path} is a file", hint="choose another folder with --out")
     content = [entry.name for entry in path.iterdir() if entry.name != ".lock"] if path.is_dir() else []
     content = [name for name in content if not _is_temporary(name)]
-    is_run = not {"recipe.yaml", "run.json"}.isdisjoint(content)
+    # A run that was killed at its very beginning has only its lock and its recipe.
+    is_run = "run.json" in content or ("recipe.yaml" in content and (path / ".lock").exists())
     if content and not is_run:
         raise InputError(
             f"{path} holds files that are not a run's: {content[0]}", hint="choose an empty folder with --out"
@@ -221,7 +227,7 @@ def read_recipe(path: Path) -> Recipe:
     if not file.is_file():
         raise InputError(f"{path} has no recipe.yaml", hint="it is not the directory of a run")
     try:
-        return resolve([str(file)], {})
+        return resolve([], {}, file=file)
     except RecipeError as error:
         raise InputError(f"{file} does not fit this version of cakd: {error.message}") from error
 

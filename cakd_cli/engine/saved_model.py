@@ -6,6 +6,7 @@ cakd's own facts stand under ``"cakd"`` in config.json.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,10 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 
 def write(folder: Path, saved: SavedModel) -> None:
     """Write the folder's three files, each whole or not at all."""
+    described, card = config(saved), model_card(saved)
     write_tensors(folder / "model.safetensors", saved.model.state_dict())
-    write_json(folder / "config.json", config(saved))
-    write_text(folder / "README.md", model_card(saved))
+    write_json(folder / "config.json", described)
+    write_text(folder / "README.md", card)
 
 
 def config(saved: SavedModel) -> dict[str, Any]:
@@ -144,6 +146,33 @@ def model_card(saved: SavedModel) -> str:
     return "\n".join(lines)
 
 
+def _check_config(
+    channels: int,
+    height: int,
+    width: int,
+    names: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    facts: Mapping[str, Any],
+) -> None:
+    if not (1 <= channels <= 1024 and min(height, width) >= 1 and max(height, width) <= 65536):
+        raise ValueError(f"input_size {[channels, height, width]} is not that of an image")
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"mean and std must have {channels} numbers")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError("mean must be finite and std positive")
+    if len(names) < 2:
+        raise ValueError("a classifier needs two classes at least")
+    metrics = facts.get("metrics", {})
+    values = [value for split in metrics.values() for value in split.values()]
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError("metrics must be numbers")
+    if not isinstance(facts.get("data", {}).get("name", ""), str):
+        raise ValueError("data must have a name")
+    if not isinstance(facts.get("teacher", {}).get("name", ""), str):
+        raise ValueError("teacher must have a name")
+
+
 def read(folder: Path) -> SavedModel:
     """Read a folder that :func:`write` made.
 
@@ -169,8 +198,13 @@ def read(folder: Path) -> SavedModel:
         names = tuple(map(str, content["label_names"]))
         mean, std = tuple(map(float, pretrained["mean"])), tuple(map(float, pretrained["std"]))
         crop_pct = float(pretrained["crop_pct"])
+        _check_config(channels, height, width, names, mean, std, facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        what = str(error).splitlines()[0]
+        if isinstance(error, KeyError):
+            what = f"lacks {error}"
+        if isinstance(error, ValidationError):
+            what = error.errors()[0]["msg"]
         raise InputError(f"{path}: not a config.json of cakd: {what}") from error
     state = read_state(folder / "model.safetensors")
     model = spec.build(in_channels=channels, num_classes=len(names))

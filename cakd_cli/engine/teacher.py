@@ -69,20 +69,27 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
         model, mean, std, facts = saved.model, saved.mean, saved.std, saved.facts
         name = f"{saved.spec.label} of {spec.path}"
         _check_classes(saved.class_names, data, spec.path)
-        if saved.channels != data.channels:
+        shown, known = ([*x] for x in ((data.channels, *data.image_size), (saved.channels, *saved.image_size)))
+        if shown != known:
             raise RecipeError(
-                f"the teacher takes {saved.channels} channels, the images of {data.name} have {data.channels}"
+                f"the teacher {spec.path} was trained on images of {_size(known)}, "
+                f"those of {data.name} are {_size(shown)}",
+                hint="train both on images of one size",
             )
     else:
         name = spec.label
+        model = initial_model(spec, data)
         if isinstance(spec, ExternalSpec) and spec.pretrained:
             mean, std = spec.normalisation()
-        model = initial_model(spec, data)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     digest = saved_model.weights_hash(model.state_dict())
     model = hardware.place(model).eval()
     return Teacher(model, Normalisation(mean, std, hardware), mean, std, name, digest, facts)
+
+
+def _size(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def initial_model(spec: ModelSpec, data: ImageDataSet) -> nn.Module:

@@ -48,7 +48,7 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         CakdError: If anything is missing or does not fit.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise HardwareError("several processes are not supported", hint="start one process, without torchrun")
     machine = hardware_module.choose(recipe.engine)
     data = recipe.data.load()
@@ -147,7 +147,8 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         before = directory.facts()
         if (out / "recipe.yaml").is_file():
             run_directory.check_same_recipe(run_directory.read_recipe(out), recipe, out)
-        if before.get("ended") == "completed":
+        whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
+        if before.get("ended") == "completed" and whole:
             progress.note(f"{out} is already finished")
             return before
         checkpoint = directory.latest_checkpoint()
@@ -157,7 +158,7 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         if checkpoint is None:
             directory.write_recipe(recipe)
         try:
-            with StopRequest().listening() as stop, _memory_errors(recipe):
+            with StopRequest().listening() as stop, _torch_errors(recipe):
                 return _train(prepared, directory, checkpoint, facts, progress, stop)
         except BaseException as error:
             # The first error is the one to report, also where the disk is too full to note it.
@@ -302,7 +303,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _memory_errors(recipe: Recipe) -> Iterator[None]:
+def _torch_errors(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -310,6 +311,14 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
             f"the memory of {recipe.engine.device} is full: {str(error).splitlines()[0]}",
             hint=f"cut the batch of {recipe.engine.batch_size} into parts: "
             f"engine.gradient_accumulation={2 * recipe.engine.gradient_accumulation}",
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RecipeError(
+            f"batch norm has nothing to average over: images this small need more than "
+            f"{recipe.engine.batch_size // recipe.engine.gradient_accumulation} at a time",
+            hint="give a larger --batch-size, or a smaller engine.gradient_accumulation",
         ) from error
 
 

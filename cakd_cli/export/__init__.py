@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cakd_cli.engine.files import whole_file
 from cakd_cli.engine.saved_model import SavedModel
-from cakd_cli.errors import InputError, RecipeError
+from cakd_cli.errors import CheckFailedError, InputError, RecipeError
 from cakd_cli.export import check, onnx_file, pt2_file
 
 _WRITERS = {"onnx": onnx_file, "pt2": pt2_file}
@@ -26,7 +26,7 @@ def to_file(saved: SavedModel, images: Tensor, target: Path, format: str) -> dic
         ``bytes``, ``samples``, ``largest_difference`` (of a logit) and ``agreement`` (share of equal answers).
 
     Raises:
-        CheckFailedError: If the file answers differently; nothing is left then.
+        CheckFailedError: If torch cannot export the network, or the file answers differently; nothing is left then.
         RecipeError: If the name does not end as the format's files do, or an extra is not installed.
     """
     if target.suffix != f".{format}":
@@ -35,7 +35,17 @@ def to_file(saved: SavedModel, images: Tensor, target: Path, format: str) -> dic
     writer.require()
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as temporary:
-        writer.write(saved, temporary)
+        try:
+            writer.write(saved, temporary)
+        except OSError:
+            raise
+        except Exception as error:
+            if isinstance(error.__cause__, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise CheckFailedError(
+                f"torch cannot export {saved.spec.label} to {format}: {str(error).strip().splitlines()[0]}",
+                hint="CAKD_DEBUG=1 shows the whole of torch's report",
+            ) from error
         report = check.compare(saved.model, writer.reload(temporary), images)
     return {"bytes": target.stat().st_size, **report}
 

@@ -1,5 +1,6 @@
 """torch.export's .pt2, read again by torch."""
 
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,10 @@ def write(saved: SavedModel, path: Path) -> None:
             "mean": list(saved.mean),
             "std": list(saved.std),
         }
-        torch.export.save(program, path, extra_files={"cakd.json": json.dumps(facts, ensure_ascii=False)})
+        # Through memory: torch's own writer aborts the process when the disk is full.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={"cakd.json": json.dumps(facts, ensure_ascii=False)})
+    path.write_bytes(buffer.getvalue())
 
 
 def reload(path: Path) -> Callable[[Tensor], Tensor]:

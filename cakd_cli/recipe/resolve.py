@@ -58,12 +58,21 @@ def _line_number(origin: str) -> float:
     return int(number) if number.isdecimal() else float("inf")
 
 
-def resolve(words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None) -> Recipe:
+def resolve(
+    words: list[str],
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    flag_names: Mapping[str, str] | None = None,
+) -> Recipe:
     """Make a recipe from what a user typed.
 
     Args:
         words: At most one recipe (a path, or the name of one that ships) and any number of KEY=VALUE.
         flags: Values of flags by dotted key; None = not given.
+        file: A recipe that is known to be one, whatever its name looks like.
+        flag_names: What a user calls a flag, by dotted key, where it is not the key's last word.
         defaults: Values by key for what neither a file nor a word sets.
 
     Returns:
@@ -73,9 +82,10 @@ def resolve(words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str
         UsageError: If a word is neither a recipe nor KEY=VALUE.
         RecipeError: With every mistake in one message.
     """
-    names, overrides = _sort_words(words)
+    names, overrides = _sort_words([*([str(file)] if file else []), *words])
     mistakes = _Mistakes()
     raw = _read(names[0], mistakes) if names else {}
+    called = {"data.root": "--data-root"} | dict(flag_names or {})
     methods = _methods(raw, mistakes)
     for key, value in ({"loss": "cross-entropy"} | dict(defaults or {})).items():
         raw.setdefault(key, value)
@@ -84,7 +94,7 @@ def resolve(words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str
 
     assignments = [_parse_override(word, mistakes) for word in overrides]
     assignments += [
-        _Assignment(tuple(dotted.split(".")), value, _flag_name(dotted))
+        _Assignment(tuple(dotted.split(".")), value, called.get(dotted, _flag_name(dotted)))
         for dotted, value in flags.items()
         if value is not None
     ]
@@ -101,15 +111,22 @@ def resolve(words: list[str], flags: Mapping[str, Any], *, defaults: Mapping[str
 
 
 def _flag_name(dotted: str) -> str:
-    name = dotted.split(".")[-1].replace("_", "-")
-    return "--data-root" if dotted == "data.root" else f"--{name}"
+    return "--" + dotted.split(".")[-1].replace("_", "-")
+
+
+def names_recipe(word: str) -> bool:
+    """Tell a recipe from KEY=VALUE: a file is a recipe whatever its name looks like."""
+    try:
+        return "=" not in word or Path(word).is_file()
+    except OSError:  # too long to be a path
+        return False
 
 
 def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
-    names = [word for word in words if "=" not in word]
+    names = [word for word in words if names_recipe(word)]
     if len(names) > 1:
         raise UsageError(f"more than one recipe: {', '.join(names)}", hint="give one recipe, and settings as KEY=VALUE")
-    return names, [word for word in words if "=" in word]
+    return names, [word for word in words if word not in names]
 
 
 def _read(name: str, mistakes: _Mistakes) -> dict[str, Any]:
@@ -159,6 +176,10 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
         return _expand_spec(value, data.names(), "data", mistakes, origin)
     if key == "model":
         return _expand_spec(value, models.names(), "model", mistakes, origin)
+    if key in ("optimizer", "schedule"):
+        return {"type": value}
+    if key == "teacher" and not value:
+        mistakes.add(origin, "teacher: is empty")
     if key == "teacher":
         name, _, argument = value.partition(":")
         if name in ("torchvision", "timm") and argument:
@@ -206,6 +227,10 @@ def _assign(raw: dict[str, Any], assignment: _Assignment, methods: Mapping[str, 
         value = assignment.value
         if len(assignment.keys) == 1:
             value = _expand(last, value, methods, mistakes, assignment.origin)
+            before = node.get(last)
+            if isinstance(value, dict) and isinstance(assignment.value, str) and isinstance(before, dict):
+                # A short form of the same kind changes what it names and keeps the other settings.
+                value = {**before, **value} if before.get("type") == value["type"] else value
         node[last] = value
     elif isinstance(node, list) and isinstance(last, int) and last < len(node):
         node[last] = assignment.value

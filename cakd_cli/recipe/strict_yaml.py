@@ -70,6 +70,8 @@ def parse(text: str) -> Document:
         node = loader.get_single_node()
         if node is not None:
             document.value = _build(node, (), document, loader, set())
+    except RecursionError:
+        document.problems.append((1, "nested too deeply"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or "not readable as YAML"
@@ -90,13 +92,19 @@ def _build(node: yaml.Node, path: Path, document: Document, loader: _Loader, see
         return _build_mapping(node, path, document, loader, seen)
     if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE:
         return [_build(item, (*path, i), document, loader, seen) for i, item in enumerate(node.value)]
-    if isinstance(node, yaml.ScalarNode) and node.tag in {
-        "tag:yaml.org,2002:str",
-        *(tag for tag, _, _ in _RESOLVERS),
-    }:
-        return loader.construct_object(node)
+    if isinstance(node, yaml.ScalarNode) and node.tag == _implicit_tag(node, loader):
+        try:
+            return loader.construct_object(node)
+        except ValueError:
+            document.problems.append((line, f"not a number that can be read: {node.value[:40]}"))
+            return None
     document.problems.append((line, f"the tag {node.tag} is not supported"))
     return None
+
+
+def _implicit_tag(node: yaml.ScalarNode, loader: _Loader) -> str:
+    plain = node.style is None
+    return str(loader.resolve(yaml.ScalarNode, node.value, (plain, not plain)))  # type: ignore[no-untyped-call]
 
 
 def _build_mapping(

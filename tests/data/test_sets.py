@@ -273,6 +273,14 @@ def test_an_unreadable_image_is_named(folder):
         list(data.train.train_batches(batch_size=4, seed=0, epoch=0, start=0, device=CPU))
 
 
+def test_sixteen_bits_are_refused_not_cut_to_white(folder):
+    Image.new("I;16", (20, 20), 40000).save(folder / "train" / "dog" / "deep.png")
+    data = folder_data(folder, validation_fraction=0.0)
+
+    with pytest.raises(InputError, match=r"deep.png: has more than 8 bits a channel"):
+        list(data.train.train_batches(batch_size=5, seed=0, epoch=0, start=0, device=CPU))
+
+
 def test_folders_that_do_not_fit_are_explained(folder, tmp_path):
     (folder / "test" / "dog").rename(folder / "test" / "dig")
     with pytest.raises(InputError, match=r"only in test/: dig; only in train/: dog"):

@@ -352,3 +352,37 @@ def test_a_signal_to_the_whole_group_saves_with_workers_too(tmp_path):
 
     assert process.returncode == 75, err
     assert "Traceback" not in err
+
+
+def test_a_signal_at_the_end_of_an_epoch_saves(cakd, words, straight, tmp_path, monkeypatch):
+    original = loop.Trainer._validate
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(loop.Trainer, "_validate", signalled)
+    result = cakd(*words, "--out", tmp_path / "run")
+    assert (result.code, "after epoch 1, step 0; checkpoint saved" in result.err) == (75, True), result.err
+    monkeypatch.setattr(loop.Trainer, "_validate", original)
+
+    assert cakd(*words, "--out", tmp_path / "run", "--resume").code == 0
+    assert_same_run(straight[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "state", ["{}", "[]", '{"epoch": "x"}', '{"epoch": 9999, "step": 0, "part_names": [], "best": null}']
+)
+def test_a_checkpoint_that_does_not_fit_is_named(cakd, words, tmp_path, monkeypatch, state):
+    run = tmp_path / "run"
+    original = loop.Trainer._validate
+    monkeypatch.setattr(loop.Trainer, "_validate", lambda self: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        cakd(*words, "--out", run)
+    monkeypatch.setattr(loop.Trainer, "_validate", original)
+    (file,) = (run / "checkpoints").glob("epoch-*/state.json")
+    file.write_text(state)
+
+    result = cakd(*words, "--out", run, "--resume")
+
+    assert (result.code, "damaged checkpoint" in result.err) == (4, True), result.err
