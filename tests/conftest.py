@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 
 from cakd_cli.app import main
 
+# The nets here are so small that a second thread only waits, and on a busy machine waits long.
+torch.set_num_threads(1)
+
 
 @dataclass(frozen=True)
 class Result:

@@ -15,25 +15,10 @@ from cakd_cli.recipe.schema import Recipe, RunTeacher
 from cakd_cli.report import tables
 
 
-def run(
-    words: list[str],
-    flags: Mapping[str, Any],
-    *,
-    distil: bool,
-    out: str | None,
-    resume: bool,
-    overwrite: bool,
-    dry_run: bool,
-    console: Console,
-) -> None:
-    """Resolve the recipe and run it, or say what it would do."""
-    facts = train(
-        words, flags, distil=distil, out=out, resume=resume, overwrite=overwrite, dry_run=dry_run, console=console
-    )
-    if dry_run:
-        console.result(facts, lambda stdout: tables.show_plan(stdout, facts))
-    else:
-        console.result(facts, lambda stdout: _show(stdout, facts))
+def run(words: list[str], flags: Mapping[str, Any], *, dry_run: bool, console: Console, **how: Any) -> None:
+    """Resolve the recipe and run it, or say what it would do; settings as of :func:`train`."""
+    facts = train(words, flags, dry_run=dry_run, console=console, **how)
+    console.result(facts, lambda stdout: tables.show_plan(stdout, facts) if dry_run else _show(stdout, facts))
 
 
 def train(

@@ -307,13 +307,16 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(cakd, words, tmp_pat
     assert cakd(*words, "--out", tmp_path / "run", "--resume").code == 0
 
 
-def test_a_damaged_checkpoint_is_named(cakd, words, tmp_path, monkeypatch):
+def kill_before_validation(call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_validate", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            call()
+
+
+def test_a_damaged_checkpoint_is_named(cakd, words, tmp_path):
     run = tmp_path / "run"
-    original = loop.Trainer._validate
-    monkeypatch.setattr(loop.Trainer, "_validate", lambda self: (_ for _ in ()).throw(Killed()))
-    with pytest.raises(Killed):
-        cakd(*words, "--out", run)
-    monkeypatch.setattr(loop.Trainer, "_validate", original)
+    kill_before_validation(lambda: cakd(*words, "--out", run))
     (file,) = (run / "checkpoints").glob("epoch-*/training.safetensors")
     file.write_bytes(file.read_bytes()[:100])
 
@@ -373,13 +376,9 @@ def test_a_signal_at_the_end_of_an_epoch_saves(cakd, words, straight, tmp_path, 
 @pytest.mark.parametrize(
     "state", ["{}", "[]", '{"epoch": "x"}', '{"epoch": 9999, "step": 0, "part_names": [], "best": null}']
 )
-def test_a_checkpoint_that_does_not_fit_is_named(cakd, words, tmp_path, monkeypatch, state):
+def test_a_checkpoint_that_does_not_fit_is_named(cakd, words, tmp_path, state):
     run = tmp_path / "run"
-    original = loop.Trainer._validate
-    monkeypatch.setattr(loop.Trainer, "_validate", lambda self: (_ for _ in ()).throw(Killed()))
-    with pytest.raises(Killed):
-        cakd(*words, "--out", run)
-    monkeypatch.setattr(loop.Trainer, "_validate", original)
+    kill_before_validation(lambda: cakd(*words, "--out", run))
     (file,) = (run / "checkpoints").glob("epoch-*/state.json")
     file.write_text(state)
 
