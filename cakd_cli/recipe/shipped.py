@@ -5,7 +5,7 @@ from pathlib import Path
 from cakd_cli.errors import RecipeError, nearest
 
 # In a wheel the recipes lie beside this file; in a checkout at its top.
-_FOLDERS = (Path(__file__).parent / "shipped", Path(__file__).parents[2] / "recipes")
+_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
 
 
 def folder() -> Path:
