@@ -121,14 +121,21 @@ def test_tensors_that_do_not_fit_are_explained(tmp_path, change, message):
         load(type="tensors", path=str(path))
 
 
-def cifar_archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write cifar-100-python.tar.gz as its authors do, with 20 images; torchvision's checksums are the small files'."""
+def cifar_archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Write cifar-100-python.tar.gz as its authors do, but small, and return the test pixels.
+
+    torchvision's checksums are replaced by those of the small files.
+    """
     generator = torch.Generator().manual_seed(0)
     sums = {}
     with tarfile.open(root / "cifar-100-python.tar.gz", "w:gz") as archive:
         for name, count in (("train", 200), ("test", 100)):
-            pixels = torch.randint(0, 256, (count, 3072), generator=generator, dtype=torch.uint8).numpy()
-            content = {"data": pixels, "fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
+            pixels = torch.randint(0, 256, (count, 3072), generator=generator, dtype=torch.uint8)
+            content = {
+                "data": pixels.numpy(),
+                "fine_labels": [i % 100 for i in range(count)],
+                "coarse_labels": [0] * count,
+            }
             sums[name] = _add(archive, name, content)
         sums["meta"] = _add(archive, "meta", {"fine_label_names": [f"thing {i}" for i in range(100)]})
     digest = hashlib.md5((root / "cifar-100-python.tar.gz").read_bytes()).hexdigest()
@@ -136,6 +143,7 @@ def cifar_archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": sums["meta"]})
+    return pixels
 
 
 def _add(archive: tarfile.TarFile, name: str, content: object) -> str:
@@ -147,16 +155,14 @@ def _add(archive: tarfile.TarFile, name: str, content: object) -> str:
 
 
 def test_cifar100_archive_is_unpacked_and_read(tmp_path, monkeypatch):
-    cifar_archive(tmp_path, monkeypatch)
+    pixels = cifar_archive(tmp_path, monkeypatch)
 
     data = load(type="cifar100", root=str(tmp_path), validation_fraction=0.5)
 
     assert (len(data.train), len(data.validation), len(data.test)) == (100, 100, 100)
     assert (data.class_names[99], data.channels, data.image_size) == ("thing 99", 3, (32, 32))
     batch = next(iter(data.test.ordered_batches(batch_size=100, device=CPU)))
-    with (tmp_path / "cifar-100-python" / "test").open("rb") as file:
-        raw = pickle.load(file)["data"]
-    assert torch.equal(batch.images.flatten(1), torch.from_numpy(raw))
+    assert torch.equal(batch.images.flatten(1), pixels)
     assert batch.labels.tolist() == list(range(100))
 
 
