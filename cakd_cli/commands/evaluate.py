@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cakd_cli.console import Console
 from cakd_cli.data import FolderSpec, ImageDataSet, Split
 from cakd_cli.engine import hardware as hardware_module
@@ -118,7 +120,13 @@ def measure(
 
 
 def _against_teacher(
-    logits: Any, labels: Any, teacher: Teacher, images: Split, machine: Hardware, size: int, shape: tuple[int, int, int]
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Teacher,
+    images: Split,
+    machine: Hardware,
+    size: int,
+    shape: tuple[int, int, int],
 ) -> dict[str, Any]:
     answers, _ = predict(teacher.model, images, teacher.normalisation, machine, batch_size=size)
     if answers.shape != logits.shape:
