@@ -5,8 +5,8 @@ import platform
 import torch
 
 from cakd_cli.console import Console
-from cakd_cli.data.torchvision_sets import default_root
 from cakd_cli.engine import hardware, training
+from cakd_cli.files import home
 from cakd_cli.recipe.schema import EngineOptions
 
 
@@ -20,7 +20,7 @@ def run(*, console: Console) -> None:
         "device_name": hardware.describe(machine.device),
         "devices": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
         "precision": f"{machine.precision} ({machine.reasons['engine.precision']})",
-        "data_folder": str(default_root()),
+        "data_folder": str(home() / "data"),
     }
     text = "\n".join(f"{key}: {value}" for key, value in facts.items())
     console.result(facts, lambda stdout: stdout.print(text, markup=False))

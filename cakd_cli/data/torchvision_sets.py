@@ -1,7 +1,6 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST, downloaded, checked and parsed by torchvision."""
 
 import gzip
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,12 +12,7 @@ from pydantic import Field
 from cakd_cli.data.base import ImageDataSet
 from cakd_cli.data.memory import MemoryDataSpec, memory_data_set
 from cakd_cli.errors import InputError
-
-
-def default_root() -> Path:
-    """Folder of downloaded data: $CAKD_HOME/data, else under the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cakd"
-    return Path(os.environ.get("CAKD_HOME", cache)).expanduser() / "data"
+from cakd_cli.files import home
 
 
 class DownloadedSpec(MemoryDataSpec):
@@ -27,7 +21,7 @@ class DownloadedSpec(MemoryDataSpec):
     root: str | None = Field(None, description="folder of the data; none = $CAKD_HOME/data")
 
     def _open(self, data_class: Any, place: str) -> tuple[Any, Any]:
-        root = Path(self.root).expanduser() if self.root else default_root()
+        root = Path(self.root).expanduser() if self.root else home() / "data"
         try:
             return self._both(data_class, root, download=False)
         except RuntimeError:

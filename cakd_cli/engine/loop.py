@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.engine.average import Average
+from cakd_cli.engine.optimizer import flat_state, load_flat_state, make_optimizer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
 from cakd_cli.engine.schedule import learning_rate
@@ -23,7 +24,7 @@ from cakd_cli.engine.task import Task
 from cakd_cli.errors import DivergedError, InputError, StoppedError
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import predict
-from cakd_cli.recipe.schema import AdamWOptions, Recipe, SGDOptions
+from cakd_cli.recipe.schema import Recipe
 
 
 class _Guard:
@@ -214,7 +215,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        training = {f"optimizer.{key}": tensor for key, tensor in _flat_state(self.optimizer).items()}
+        training = {f"optimizer.{key}": tensor for key, tensor in flat_state(self.optimizer).items()}
         if self.average is not None:
             training |= {f"average.{key}": tensor for key, tensor in self.average.network.state_dict().items()}
         training["random.cpu"] = torch.get_rng_state()
@@ -243,7 +244,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.task.student.load_state_dict(checkpoint.model)
         tensors = checkpoint.training
-        _load_flat_state(self.optimizer, self.parameters, _under("optimizer.", tensors))
+        load_flat_state(self.optimizer, self.parameters, _under("optimizer.", tensors))
         if self.average is not None:
             self.average.network.load_state_dict(_under("average.", tensors))
         torch.set_rng_state(tensors["random.cpu"])
@@ -255,50 +256,6 @@ class Trainer:
             raise ValueError(f"epoch {self.epoch}, step {self.step} lies outside the run")
         self.part_names, self.best = checkpoint.state["part_names"], checkpoint.state["best"]
         self.best_state = checkpoint.best
-
-
-def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the recipe's optimizer in its fused form."""
-    if isinstance(options, SGDOptions):
-        return torch.optim.SGD(
-            parameters,
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            nesterov=options.nesterov,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
-
-
-def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Tensors of an optimizer by ``parameter number.name``; the optimizers here keep nothing else."""
-    return {
-        f"{number}.{name}": value
-        for number, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-        if value is not None
-    }
-
-
-def _load_flat_state(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        parameter = parameters[int(number)].detach()
-        if tensor.shape == parameter.shape:
-            # Fused kernels walk through memory: a moment must lie in memory as its parameter does.
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cakd_cli.engine.files import whole_folder, write_json, write_tensors, write_text
 from cakd_cli.errors import InputError, RecipeError
+from cakd_cli.files import whole_folder, write_json, write_tensors, write_text
 from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.schema import Recipe
 
@@ -211,7 +211,7 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether a file is what :mod:`cakd_cli.engine.files` was writing when its process was killed."""
+    """Whether a file is what :mod:`cakd_cli.files` was writing when its process was killed."""
     return name.startswith(".") and ".tmp" in name
 
 

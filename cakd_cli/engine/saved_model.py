@@ -18,9 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cakd_cli import __version__
-from cakd_cli.engine.files import write_json, write_tensors, write_text
 from cakd_cli.errors import InputError
 from cakd_cli.evaluation.cost import num_parameters
+from cakd_cli.files import write_json, write_tensors, write_text
 from cakd_cli.models import ModelOptions, ModelSpec, TimmSpec, load_state, read_state
 
 _SPEC: TypeAdapter[ModelSpec] = TypeAdapter(ModelOptions)

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from cakd_cli.engine.files import whole_file
 from cakd_cli.engine.saved_model import SavedModel
 from cakd_cli.errors import CheckFailedError, InputError, RecipeError
 from cakd_cli.export import check, onnx_file, pt2_file
+from cakd_cli.files import whole_file
 
 _WRITERS = {"onnx": onnx_file, "pt2": pt2_file}
 

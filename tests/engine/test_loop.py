@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from cakd_cli.engine import training
-from cakd_cli.engine.loop import Trainer, make_optimizer
+from cakd_cli.engine.loop import Trainer
+from cakd_cli.engine.optimizer import make_optimizer
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.engine.task import Task, weight_at

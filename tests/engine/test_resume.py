@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cakd_cli import files
 from cakd_cli.app import main
-from cakd_cli.engine import files, loop
+from cakd_cli.engine import loop
 from tests.conftest import train_toy
 
 COMMAND = (

@@ -1,4 +1,4 @@
-"""Writing so that a file is whole or absent, whenever the process or the machine dies."""
+"""Where cakd keeps things, and writing so that a file is whole or absent whenever the process or the machine dies."""
 
 import contextlib
 import json
@@ -12,6 +12,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def home() -> Path:
+    """Folder of what outlives a run: $CAKD_HOME, else cakd's place in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cakd"
+    return Path(os.environ.get("CAKD_HOME", cache)).expanduser()
 
 
 @contextlib.contextmanager
