@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the recipes that ship with cakd.")
 app.add_typer(recipes_app, name="recipes")
+memory_app = typer.Typer(no_args_is_help=True, help="See, check and remove what teachers have answered before.")
+app.add_typer(memory_app, name="teacher-memory")
 
 
 class ExportFormat(StrEnum):
@@ -60,6 +62,9 @@ Words = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar100, folder:PATH, tensors:FILE, ... (cakd list data)")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of data that is downloaded.")]
+Teacher = Annotated[str | None, typer.Option(help="Run directory, torchvision:NAME or timm:NAME.")]
+Student = Annotated[str | None, typer.Option(help="resnet8, torchvision:NAME, ... (cakd list models)")]
+Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="As listed; all by default.")]
 Out = Annotated[str | None, typer.Option(help="Run directory; by default runs/ and a name made of the settings.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
 Seed = Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")]
@@ -153,8 +158,8 @@ def distill(
     words: Words = None,
     data: Data = None,
     data_root: DataRoot = None,
-    teacher: Annotated[str | None, typer.Option(help="Run directory, torchvision:NAME or timm:NAME.")] = None,
-    student: Annotated[str | None, typer.Option(help="resnet8, torchvision:NAME, ... (cakd list models)")] = None,
+    teacher: Teacher = None,
+    student: Student = None,
     loss: Annotated[str | None, typer.Option(help="cakd, dkd, kd, cross-entropy, ... (cakd list losses)")] = None,
     out: Out = None,
     epochs: Epochs = None,
@@ -291,6 +296,67 @@ def recipes_copy(
     from cakd_cli.commands import recipes
 
     recipes.copy(name, path)
+
+
+@memory_app.command("list")
+def memory_list(json: Json = False) -> None:
+    """List whose answers are kept, to what, and how many."""
+    from cakd_cli.commands import memory
+    from cakd_cli.console import Console
+
+    memory.list_all(console=Console(json_mode=json))
+
+
+@memory_app.command("verify")
+def memory_verify(keys: Keys = None, json: Json = False) -> None:
+    """Compare every answer with its checksum."""
+    from cakd_cli.commands import memory
+    from cakd_cli.console import Console
+
+    memory.verify(keys or [], console=Console(json_mode=json))
+
+
+@memory_app.command("prune")
+def memory_prune(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="As listed.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Remove every memory.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove memories that are damaged or no longer wanted."""
+    from cakd_cli.commands import memory
+    from cakd_cli.console import Console
+
+    memory.prune(keys or [], all_of_them=all_, console=Console(json_mode=json))
+
+
+@memory_app.command("fill")
+def memory_fill(
+    words: Words = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Ask a teacher now about every view that a run of the recipe will meet."""
+    from cakd_cli.commands import memory
+    from cakd_cli.console import Console
+
+    flags = {
+        "data": data,
+        "data.root": data_root,
+        "teacher": teacher,
+        "model": student,
+        "engine.epochs": epochs,
+        "seed": seed,
+        "engine.device": device,
+    }
+    memory.fill(words or [], flags, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
 
 
 def main() -> NoReturn:

@@ -37,6 +37,13 @@ FLAGS = {
     "recipes list": {"--json"},
     "recipes show": set(),
     "recipes copy": set(),
+    "teacher-memory list": {"--json"},
+    "teacher-memory verify": {"--json"},
+    "teacher-memory prune": {"--all", "--json"},
+    "teacher-memory fill": {
+        *("--data", "--data-root", "--teacher", "--student", "--epochs", "--seed", "--device"),
+        *("--json", "-q", "--quiet", "-v", "--verbose"),
+    },
 }
 
 
@@ -51,7 +58,7 @@ def test_the_set_of_flags_is_frozen():
     found = {
         name: {flag for parameter in command.params for flag in parameter.opts if flag.startswith("-")}
         for name, command in commands(typer.main.get_command(app))
-        if name != "recipes"
+        if name not in ("recipes", "teacher-memory")
     }
     found[""] -= {"--install-completion", "--show-completion"}
 
@@ -79,7 +86,7 @@ def test_help_says_the_exit_codes(cakd):
 
     for code in ExitCode:
         assert f"{code.value} " in help_text
-    assert set(FLAGS) - {"", "recipes list", "recipes show", "recipes copy"} <= set(help_text.split())
+    assert {word.split()[0] for word in FLAGS if word} <= set(help_text.split())
 
 
 def test_error_classes_have_the_documented_codes():
@@ -142,7 +149,8 @@ def test_dry_run_plans_and_writes_nothing(cakd, toy_file, toy_teacher, tmp_path)
     assert plan["student"]["parameters"] == plan["teacher"]["parameters"] == 77364
     assert plan["student"]["flops_per_image"] > 1e6
     assert plan["training_memory_bytes"] > 3 * 4 * 77364
-    assert set(plan["chosen"]) == {"engine.device", "engine.precision"}
+    assert set(plan["chosen"]) == {"engine.device", "engine.precision", "engine.teacher_memory"}
+    assert plan["teacher_memory"] == "disk"
     assert not (tmp_path / "run").exists()
     text = cakd(*words, "--batch-size", 16, "--dry-run").out
     for word in ("parameters", "FLOP", "steps", "memory", "device", "precision", "auto:"):

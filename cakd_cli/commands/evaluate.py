@@ -128,7 +128,9 @@ def _against_teacher(
     size: int,
     shape: tuple[int, int, int],
 ) -> dict[str, Any]:
-    answers, _ = predict(teacher.model, images, teacher.normalisation, machine, batch_size=size)
+    answers, _ = predict(
+        teacher.model, images, Normalisation(teacher.mean, teacher.std, machine), machine, batch_size=size
+    )
     if answers.shape != logits.shape:
         raise RecipeError(f"the teacher {teacher.name} answers {answers.shape[1]} classes, the run {logits.shape[1]}")
     return {

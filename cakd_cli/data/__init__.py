@@ -4,7 +4,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views
 from cakd_cli.data.folder import FolderSpec
 from cakd_cli.data.memory import MemorySplit
 from cakd_cli.data.tensors import DigitsSpec, TensorsSpec
@@ -23,4 +23,15 @@ def names() -> dict[str, type[DataSpec]]:
     return {name: spec for spec in SPECS for name in get_args(spec.model_fields["type"].annotation)}
 
 
-__all__ = ["SPECS", "Batch", "DataOptions", "DataSpec", "FolderSpec", "ImageDataSet", "MemorySplit", "Split", "names"]
+__all__ = [
+    "SPECS",
+    "Batch",
+    "DataOptions",
+    "DataSpec",
+    "FolderSpec",
+    "ImageDataSet",
+    "MemorySplit",
+    "Split",
+    "Views",
+    "names",
+]

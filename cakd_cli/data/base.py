@@ -22,14 +22,45 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8, (batch, channels, height, width), not normalised: each network has its own normalisation.
         labels: Class indices, (batch,).
+        views: Name of each image's view, int64 (batch,) on the CPU, where no device has to be waited for to read it;
+            none where views are not counted.
     """
 
     images: Tensor
     labels: Tensor
+    views: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Views:
+    """The finite set of views that training can meet: what a teacher can be asked once and for all.
+
+    A view's name is ``sample * per_sample + view``, with the sample's number in its file, so that it does not depend
+    on which samples are held out.
+
+    Attributes:
+        samples: Samples in the file, those held out included.
+        per_sample: Views of each.
+        identity: What makes the pixels of a view beside the data's fingerprint; equal words mean equal views.
+    """
+
+    samples: int
+    per_sample: int
+    identity: str
+
+    @property
+    def count(self) -> int:
+        """Count the views of all samples."""
+        return self.samples * self.per_sample
 
 
 class Split(ABC):
     """One part of a data set."""
+
+    @property
+    @abstractmethod
+    def views(self) -> Views | None:
+        """Describe the views that :meth:`train_batches` names; none where there is no end of them."""
 
     @abstractmethod
     def __len__(self) -> int:

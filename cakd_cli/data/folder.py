@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cakd_cli.data.augmentation import epoch_key, sample_seed
-from cakd_cli.data.base import IMAGENET_MEAN, IMAGENET_STD, Batch, DataSpec, ImageDataSet, Split, hold_out
+from cakd_cli.data.base import IMAGENET_MEAN, IMAGENET_STD, Batch, DataSpec, ImageDataSet, Split, Views, hold_out
 from cakd_cli.errors import InputError
 
-# The epoch with which a sample is asked for when it is not to be augmented.
-_NO_EPOCH = -1
+# The draw with which a sample is asked for when it is not to be augmented.
+_NO_DRAW = -1
+# Of recorded views, whatever the run's seed.
+_RECORDED_SEED = 0
 
 
 class _Images(Dataset[Any]):
@@ -52,7 +54,7 @@ class _Images(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
         from PIL import Image
 
-        epoch, index = key
+        draw, index = key
         path, label = self.samples[index]
         try:
             with Image.open(path) as file:
@@ -62,10 +64,10 @@ class _Images(Dataset[Any]):
                 image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
             return f"{path}: cannot be read as an image: {error}"
-        if epoch == _NO_EPOCH:
+        if draw == _NO_DRAW:
             return self.plain(image), label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sample_seed(self.seed, epoch, index))
+            torch.manual_seed(sample_seed(self.seed, draw, index))
             return self.augment(image), label
 
 
@@ -95,6 +97,15 @@ class FolderSplit(Split):
         """Count the samples."""
         return len(self._index_N)
 
+    @property
+    def views(self) -> Views | None:
+        """Describe the recorded crops; none where every epoch has new ones."""
+        spec = self._spec
+        if not spec.views:
+            return None
+        settings = f"{spec.image_size} pixels, area {spec.min_crop_area}, flip {spec.horizontal_flip}"
+        return Views(len(self._samples), spec.views, f"{spec.views} crops: {settings}; {_stamps(self._samples)}")
+
     def subset(self, indices_N: Tensor) -> "FolderSplit":
         """Return the split of the samples at these positions."""
         return FolderSplit(self._samples, self._spec, self._index_N[indices_N])
@@ -107,12 +118,19 @@ class FolderSplit(Split):
         order = self._index_N[torch.randperm(len(self), generator=generator)]
         full = len(self) // batch_size * batch_size
         chunks = order[start * batch_size : full].split(batch_size)
-        yield from self._load(seed, [[(epoch, index) for index in chunk.tolist()] for chunk in chunks], device)
+        if not self._spec.views:
+            yield from self._load(seed, [[(epoch, index) for index in chunk.tolist()] for chunk in chunks], device)
+            return
+        # A recorded view is the draw of a small number instead of the epoch, and the same in every run.
+        drawn = [[(sample_seed(seed, epoch, i) % self._spec.views, i) for i in chunk.tolist()] for chunk in chunks]
+        for batch, keys in zip(self._load(_RECORDED_SEED, drawn, device), drawn, strict=True):
+            names = torch.tensor([index * self._spec.views + view for view, index in keys])
+            yield batch._replace(views=names)
 
     def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield every sample once, in order, without augmentation."""
         chunks = self._index_N.split(batch_size)
-        yield from self._load(0, [[(_NO_EPOCH, index) for index in chunk.tolist()] for chunk in chunks], device)
+        yield from self._load(0, [[(_NO_DRAW, index) for index in chunk.tolist()] for chunk in chunks], device)
 
     def _load(self, seed: int, batches: list[list[tuple[int, int]]], device: torch.device) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
@@ -143,6 +161,13 @@ class FolderSpec(DataSpec):
     min_crop_area: float = Field(0.25, gt=0, le=1, description="least share of an image in a training crop")
     test_crop: float = Field(0.875, gt=0, le=1, description="share of the shorter side kept by the middle crop")
     horizontal_flip: bool = Field(True, description="mirror half of the training images left to right")
+    views: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="crops of each training image that are drawn once and replayed, so that a teacher memory can hold "
+        "the answers; 0 = new ones in every epoch",
+    )
     workers: int = Field(
         default_factory=lambda: min(8, os.cpu_count() or 1), ge=0, le=256, description="processes that decode images"
     )
@@ -214,6 +239,14 @@ def _list(path: Path, classes: list[str]) -> list[tuple[str, int]]:
         return list(make_dataset(str(path), {name: i for i, name in enumerate(classes)}, (*IMG_EXTENSIONS, ".gif")))
     except FileNotFoundError as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _stamps(samples: list[tuple[str, int]]) -> str:
+    """Hash when the files were last written: a changed picture may have the size of the old one."""
+    digest = hashlib.sha256()
+    for path, _ in samples:
+        digest.update(f"{Path(path).stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint(root: Path, files: dict[str, list[tuple[str, int]]]) -> str:

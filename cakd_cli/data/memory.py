@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from cakd_cli.data.augmentation import draw_views, epoch_key, take_views
-from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, hold_out
+from cakd_cli.data.augmentation import draw_views, epoch_key, num_views, take_views
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views, hold_out
 from cakd_cli.errors import InputError
 
 
@@ -22,15 +22,19 @@ class MemorySplit(Split):
     Args:
         images_NCHW: uint8.
         labels_N: Class indices.
-        number_N: The sample's number in its file, which names its views.
+        number_N: The sample's number in its file, which names its views; on the CPU.
+        samples: Samples in the file.
         padding: Pixels of padding before a random crop; 0 = no crop.
         flip: Whether training images may be mirrored.
     """
 
-    def __init__(self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor, *, padding: int, flip: bool) -> None:
+    def __init__(
+        self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor, *, samples: int, padding: int, flip: bool
+    ) -> None:
         self.images_NCHW = images_NCHW
         self.labels_N = labels_N
         self.number_N = number_N
+        self.samples = samples
         self.padding = padding
         self.flip = flip
         self._padded_NHWC: Tensor | None = None
@@ -39,10 +43,19 @@ class MemorySplit(Split):
         """Count the samples."""
         return len(self.labels_N)
 
+    @property
+    def views(self) -> Views:
+        """Describe the crops and flips of the file's samples."""
+        height, width = self.images_NCHW.shape[2:]
+        identity = f"crop {height}x{width} of padding {self.padding}" + (", flip" if self.flip else "")
+        return Views(self.samples, num_views(self.padding, self.flip), identity)
+
     def to(self, device: torch.device) -> "MemorySplit":
         """Return the split with its data on a device, so that batches need no transfer."""
-        images, labels, numbers = (x.to(device) for x in (self.images_NCHW, self.labels_N, self.number_N))
-        return MemorySplit(images, labels, numbers, padding=self.padding, flip=self.flip)
+        return self._like(self.images_NCHW.to(device), self.labels_N.to(device), self.number_N)
+
+    def _like(self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor) -> "MemorySplit":
+        return MemorySplit(images_NCHW, labels_N, number_N, samples=self.samples, padding=self.padding, flip=self.flip)
 
     def num_bytes(self) -> int:
         """Memory that training on this split takes, in bytes: the images, and their padded copy."""
@@ -52,9 +65,8 @@ class MemorySplit(Split):
 
     def subset(self, indices_N: Tensor) -> "MemorySplit":
         """Return the split of the samples at these positions."""
-        indices_N = indices_N.to(self.labels_N.device)
-        parts = (x[indices_N] for x in (self.images_NCHW, self.labels_N, self.number_N))
-        return MemorySplit(*parts, padding=self.padding, flip=self.flip)
+        home_N = indices_N.to(self.labels_N.device)
+        return self._like(self.images_NCHW[home_N], self.labels_N[home_N], self.number_N[indices_N.cpu()])
 
     def train_batches(
         self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
@@ -63,14 +75,19 @@ class MemorySplit(Split):
         if self._padded_NHWC is None:
             padded = functional.pad(self.images_NCHW, [self.padding] * 4)
             self._padded_NHWC = padded.permute(0, 2, 3, 1).contiguous()
-        home = self.labels_N.device
-        # Drawn on the CPU so that every device sees one order; one transfer an epoch.
-        order_N = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch_key(seed, epoch))).to(home)
-        view_N = draw_views(self.number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
-        for batch in range(start, len(self) // batch_size):
-            position_B = order_N[batch * batch_size : (batch + 1) * batch_size]
-            images = take_views(self._padded_NHWC, position_B, view_N[position_B], padding=self.padding, flip=self.flip)
-            yield Batch(images.to(device, non_blocking=True), self.labels_N[position_B].to(device, non_blocking=True))
+        # Drawn on the CPU, so that every device sees one order and the host knows each view; one transfer an epoch.
+        order_N = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch_key(seed, epoch)))
+        number_N = self.number_N[order_N]
+        view_N = draw_views(number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
+        name_N = number_N * self.views.per_sample + view_N
+        order_N, view_N = (x.to(self.labels_N.device) for x in (order_N, view_N))
+        for first in range(start * batch_size, len(self) // batch_size * batch_size, batch_size):
+            chosen = slice(first, first + batch_size)
+            images = take_views(
+                self._padded_NHWC, order_N[chosen], view_N[chosen], padding=self.padding, flip=self.flip
+            )
+            labels = self.labels_N[order_N[chosen]]
+            yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), name_N[chosen])
 
     def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield every sample once, in order, without augmentation."""
@@ -118,7 +135,7 @@ def memory_data_set(
             hint="both must have one (channels, height, width)",
         )
     splits = [
-        MemorySplit(images, labels.long(), torch.arange(len(labels)), padding=padding, flip=flip)
+        MemorySplit(images, labels.long(), torch.arange(len(labels)), samples=len(labels), padding=padding, flip=flip)
         for (images, labels), padding, flip in (
             (train, spec.crop_padding, spec.horizontal_flip),
             (test, 0, False),

@@ -40,6 +40,11 @@ class Hardware:
             return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
         return model.to(self.device)
 
+    def wait(self) -> None:
+        """Wait until the device has done what it was told; for measurements."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
     def full_precision(self) -> "Hardware":
         """Return the same machine computing in float32: what reported figures are measured in."""
         return Hardware(self.device, "fp32", self.channels_last, self.reasons)

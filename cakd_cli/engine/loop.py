@@ -7,13 +7,14 @@ finite, stay there until a logging interval ends.
 import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cakd_cli.data import ImageDataSet
+from cakd_cli.data import Batch, ImageDataSet
+from cakd_cli.engine.answers import Answers
 from cakd_cli.engine.average import Average
 from cakd_cli.engine.optimizer import flat_state, load_flat_state, make_optimizer
 from cakd_cli.engine.progress import Progress
@@ -51,9 +52,17 @@ class Trainer:
     """Everything that changes while a run runs, and how to save and restore it."""
 
     def __init__(
-        self, task: Task, data: ImageDataSet, recipe: Recipe, run: RunDirectory, progress: Progress, stop: StopRequest
+        self,
+        task: Task,
+        answers: Answers | None,
+        data: ImageDataSet,
+        recipe: Recipe,
+        run: RunDirectory,
+        progress: Progress,
+        stop: StopRequest,
     ) -> None:
         self.task = task
+        self.answers = answers
         self.data = data
         self.recipe = recipe
         self.run = run
@@ -96,29 +105,25 @@ class Trainer:
             self.best_state = _copy(self.network.state_dict())
 
     def _train_epoch(self) -> dict[str, Any]:
-        engine = self.recipe.engine
+        engine, watch = self.recipe.engine, self.task.watch
         self.task.student.train()
-        batches = self.data.train.train_batches(
-            batch_size=engine.batch_size,
-            seed=self.recipe.seed,
-            epoch=self.epoch,
-            start=self.step,
-            device=self.hardware.device,
-        )
         started, first_step, rate = time.perf_counter(), self.step, 0.0
-        for batch in batches:
+        watch.reset()
+        for batch, teacher in self._taught_batches():
             rate = self._set_learning_rate()
-            for micro in zip(*(part.chunk(engine.gradient_accumulation) for part in batch), strict=True):
-                total, parts = self.task.loss(type(batch)(*micro), self.epoch + 1)
-                (total / engine.gradient_accumulation).backward()
+            for part in _cut(batch.images, batch.labels, teacher, parts=engine.gradient_accumulation):
+                total, parts = self.task.loss(*part, self.epoch + 1)
+                with watch("backward"):
+                    (total / engine.gradient_accumulation).backward()
                 self._add(parts)
-            # The sum over the epoch holds the loss of every part of this batch.
-            assert self.sums is not None
-            self.guard.look(self.sums[0], self.parameters, self.epoch * self.steps_per_epoch + self.step)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.average is not None:
-                self.average.update(first=self.epoch == self.step == 0)
+            with watch("optimizer"):
+                # The sum over the epoch holds the loss of every part of this batch.
+                assert self.sums is not None
+                self.guard.look(self.sums[0], self.parameters, self.epoch * self.steps_per_epoch + self.step)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.average is not None:
+                    self.average.update(first=self.epoch == self.step == 0)
             self.step += 1
             if self.step % engine.log_interval == 0 and self.step < self.steps_per_epoch:
                 means = self._means()
@@ -136,8 +141,25 @@ class Trainer:
             "learning_rate": rate,
             "seconds": round(seconds, 3),
             "images_per_second": round((self.step - first_step) * engine.batch_size / seconds, 1),
+            "time": {part: round(share, 4) for part, share in watch.shares(seconds).items()},
+            **({} if self.answers is None else {"teacher": self.answers.take_counts()}),
             "train": means,
         }
+
+    def _taught_batches(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        batches = self.task.watch.each(
+            "data",
+            self.data.train.train_batches(
+                batch_size=self.recipe.engine.batch_size,
+                seed=self.recipe.seed,
+                epoch=self.epoch,
+                start=self.step,
+                device=self.hardware.device,
+            ),
+        )
+        if self.answers is not None:
+            return self.answers.alongside(batches, self.task.watch)
+        return ((batch, None) for batch in batches)
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(
@@ -256,6 +278,13 @@ class Trainer:
             raise ValueError(f"epoch {self.epoch}, step {self.step} lies outside the run")
         self.part_names, self.best = checkpoint.state["part_names"], checkpoint.state["best"]
         self.best_state = checkpoint.best
+
+
+def _cut(
+    images: Tensor, labels: Tensor, teacher: Tensor | None, *, parts: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    answers = [None] * parts if teacher is None else teacher.chunk(parts)
+    yield from zip(images.chunk(parts), labels.chunk(parts), answers, strict=True)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -102,12 +102,14 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the folder free; what was made for a run that never began goes again."""
-        if self._created and [entry.name for entry in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()
-            with contextlib.suppress(OSError):  # a parent that somebody else uses by now
-                for folder in self._created:
-                    folder.rmdir()
-        self._lock.close()
+        try:
+            if self._created and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+                with contextlib.suppress(OSError):  # a parent that somebody else uses by now
+                    for folder in self._created:
+                        folder.rmdir()
+        finally:
+            self._lock.close()
 
     def facts(self) -> dict[str, Any]:
         """Read run.json; empty if there is none or it is damaged."""

@@ -1,15 +1,17 @@
-"""What a step computes: the student, the teacher where one is needed, and the terms of the loss.
+"""What a step computes: the student and the terms of its loss.
 
 Shape suffixes: B batch, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from cakd_cli.data import Batch, ImageDataSet
+from cakd_cli.data import ImageDataSet
+from cakd_cli.engine import compiling
 from cakd_cli.engine.hardware import Hardware
-from cakd_cli.engine.teacher import Teacher
+from cakd_cli.engine.stopwatch import Stopwatch
 from cakd_cli.evaluation.predict import Normalisation
 from cakd_cli.losses import LossTerm
 
@@ -19,52 +21,50 @@ class Task:
 
     Args:
         student: The network that learns.
-        teacher: The frozen network; none if no term needs it.
         terms: The recipe's loss.
         data: Whose normalisation the student uses.
         hardware: Precision and layout.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: Teacher | None,
-        terms: Sequence[LossTerm],
-        data: ImageDataSet,
-        hardware: Hardware,
-    ) -> None:
+    def __init__(self, student: nn.Module, terms: Sequence[LossTerm], data: ImageDataSet, hardware: Hardware) -> None:
         self.student = student
-        self.teacher = teacher
         self.terms = terms
         self.hardware = hardware
         self.normalisation = Normalisation(data.mean, data.std, hardware)
-        self._shared_input = teacher is not None and (teacher.mean, teacher.std) == (data.mean, data.std)
+        self.watch = Stopwatch(hardware.device)
+        self._forward: Callable[[Tensor], Tensor] = student
 
-    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def compile(self) -> None:
+        """Compile the student's training pass; validation and saving keep the network as it is."""
+        self._forward = torch.compile(self.student, mode=compiling.mode(self.hardware.device))
+
+    def loss(
+        self, images: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
-            batch: Images as uint8 and labels.
+            images: uint8, (batch, channels, height, width).
+            labels_B: Class indices.
+            teacher_BC: The teacher's logits in float32; none if no term needs them.
             epoch: From 1, as the literature counts for warm-up: the first epoch of 20 has weight 1/20.
 
         Returns:
             The weighted sum, differentiable, and every part by name without gradient: ``loss``, ``top1`` (of training
             images, in [0, 1]) and the unweighted parts of each term.
         """
-        student_input = self.normalisation(batch.images)
-        teacher_BC = None
-        if self.teacher is not None:
-            same = self._shared_input
-            teacher_BC = self.teacher.answer(
-                student_input if same else self.teacher.normalisation(batch.images), self.hardware
-            )
-        with self.hardware.autocast():
-            student_BC = self.student(student_input)
-        student_BC = student_BC.float()
+        with self.watch("student"), self.hardware.autocast():
+            student_BC = self._forward(self.normalisation(images)).float()
+        with self.watch("loss"):
+            return self._weigh(student_BC, labels_B, teacher_BC, epoch)
+
+    def _weigh(
+        self, student_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         total = student_BC.new_zeros(())
-        parts = {"loss": total, "top1": (student_BC.detach().argmax(1) == batch.labels).float().mean()}
+        parts = {"loss": total, "top1": (student_BC.detach().argmax(1) == labels_B).float().mean()}
         for term in self.terms:
-            output = term(student_BC, teacher_BC, batch.labels)
+            output = term(student_BC, teacher_BC, labels_B)
             total = total + weight_at(term, epoch) * output.total
             for name, part in output.parts.items():
                 # Two terms of one kind: the second's parts get its number.

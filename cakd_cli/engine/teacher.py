@@ -1,7 +1,4 @@
-"""The frozen teacher.
-
-Shape suffixes: B batch, C classes.
-"""
+"""The frozen teacher: read, and checked before an hour is spent on it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cakd_cli.data import ImageDataSet, Split
 from cakd_cli.engine import saved_model
@@ -32,27 +29,21 @@ class Teacher:
 
     Attributes:
         model: The network, on the device.
-        normalisation: What it expects of images.
-        mean: Of its normalisation, to compare with the student's.
+        mean: Of each channel, as it expects images to be normalised.
         std: Likewise.
         name: As a person would say it.
+        architecture: Everything but the weights, as its options say it.
         weights_hash: Identity of its weights.
         facts: What its own run recorded; may be empty.
     """
 
     model: nn.Module
-    normalisation: Normalisation
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str
+    architecture: str
     weights_hash: str
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def answer(self, normalised: Tensor, hardware: Hardware) -> Tensor:
-        """Map normalised images to float32 logits (batch, classes)."""
-        with hardware.autocast():
-            return self.model(normalised).float()  # type: ignore[no-any-return]
 
 
 def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware) -> Teacher:
@@ -66,6 +57,7 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
     mean, std = data.mean, data.std
     if isinstance(spec, RunTeacher):
         saved = saved_model.read(Path(spec.path).expanduser())
+        network: ModelSpec = saved.spec
         model, mean, std, facts = saved.model, saved.mean, saved.std, saved.facts
         name = f"{saved.spec.label} of {spec.path}"
         _check_classes(saved.class_names, data, spec.path)
@@ -77,7 +69,7 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
                 hint="train both on images of one size",
             )
     else:
-        name = spec.label
+        name, network = spec.label, spec
         model = initial_model(spec, data)
         if isinstance(spec, ExternalSpec) and spec.pretrained:
             mean, std = spec.normalisation()
@@ -85,7 +77,8 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
         parameter.requires_grad_(False)
     digest = saved_model.weights_hash(model.state_dict())
     model = hardware.place(model).eval()
-    return Teacher(model, Normalisation(mean, std, hardware), mean, std, name, digest, facts)
+    architecture = network.model_dump_json(exclude={"weights", "pretrained"})
+    return Teacher(model, mean, std, name, architecture, digest, facts)
 
 
 def _size(shape: list[int]) -> str:
@@ -143,7 +136,11 @@ def check_teacher(
     if part:
         split = split.subset(torch.linspace(0, len(split) - 1, _CHECKED_SAMPLES).round().long())
     logits_NC, labels_N = predict(
-        teacher.model, split, teacher.normalisation, hardware.full_precision(), batch_size=batch_size
+        teacher.model,
+        split,
+        Normalisation(teacher.mean, teacher.std, hardware),
+        hardware.full_precision(),
+        batch_size=batch_size,
     )
     if logits_NC.shape[1] != data.num_classes:
         raise RecipeError(

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,27 @@ from torch import nn
 
 from cakd_cli import __version__
 from cakd_cli.data import ImageDataSet, MemorySplit
+from cakd_cli.engine import answers as answers_module
+from cakd_cli.engine import compiling, run_directory, saved_model, teacher_memory
 from cakd_cli.engine import hardware as hardware_module
-from cakd_cli.engine import run_directory, saved_model
+from cakd_cli.engine.answers import Answers, settle_memory
 from cakd_cli.engine.hardware import Hardware
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
 from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.engine.stopwatch import Stopwatch
 from cakd_cli.engine.task import Task
 from cakd_cli.engine.teacher import Teacher, check_teacher, initial_model, load_teacher
 from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError
 from cakd_cli.evaluation import cost, metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
 from cakd_cli.recipe.schema import Recipe
+
+# What a run that asks no teacher has settled about it.
+_WITHOUT_TEACHER = {"teacher_form": "plain", "teacher_memory": "off", "teacher_memory_precision": "fp32"}
+# Settled by measuring when the run begins, and as it was then when it goes on.
+_MEASURED = ("compile", "teacher_form", "teacher_memory")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class Prepared:
     hardware: Hardware
     student: nn.Module
     teacher: Teacher | None
+    reasons: dict[str, str]  # of what was settled automatically, by recipe key
+
+    def settled(self, **engine: str) -> "Prepared":
+        """Return the same run with these keys of ``engine`` settled."""
+        options = self.recipe.engine.model_copy(update=engine)
+        return replace(self, recipe=self.recipe.model_copy(update={"engine": options}))
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -77,7 +91,15 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.teacher is not None and recipe.needs_teacher:
         teacher = load_teacher(recipe.teacher, data, machine)
     engine = recipe.engine.model_copy(update={"device": str(machine.device), "precision": machine.precision})
-    return Prepared(recipe.model_copy(update={"engine": engine}), data, machine, machine.place(student), teacher)
+    reasons = dict(machine.reasons)
+    if teacher is None:
+        engine = engine.model_copy(update=_WITHOUT_TEACHER)
+    else:
+        engine, why = settle_memory(engine, teacher, data, machine)
+        if why:
+            reasons["engine.teacher_memory"] = why
+    recipe = recipe.model_copy(update={"engine": engine})
+    return Prepared(recipe, data, machine, machine.place(student), teacher, reasons)
 
 
 def _place(data: ImageDataSet, machine: Hardware) -> ImageDataSet:
@@ -120,7 +142,8 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "training_memory_bytes": fixed + kept,
         "device": str(machine.device),
         "precision": machine.precision,
-        "chosen": machine.reasons,
+        "teacher_memory": recipe.engine.teacher_memory,
+        "chosen": prepared.reasons,
     }
     if prepared.teacher is not None:
         result["teacher"] = {"name": prepared.teacher.name, **_size(prepared.teacher.model, image_shape)}
@@ -140,13 +163,14 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
     Raises:
         CakdError: If the run cannot begin, diverges or is stopped.
     """
-    recipe = prepared.recipe
     facts = _facts(prepared)
     directory = RunDirectory.open(out, resume=resume, overwrite=overwrite)
     try:
         before = directory.facts()
         if (out / "recipe.yaml").is_file():
-            run_directory.check_same_recipe(run_directory.read_recipe(out), recipe, out)
+            begun = run_directory.read_recipe(out)
+            prepared = _as_it_was(prepared, begun)
+            run_directory.check_same_recipe(begun, prepared.recipe, out)
         whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
         if before.get("ended") == "completed" and whole:
             progress.note(f"{out} is already finished")
@@ -154,12 +178,17 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         checkpoint = directory.latest_checkpoint()
         if checkpoint is not None:
             _check_same_inputs(before, facts, out)
-        _say_what_was_chosen(prepared, facts, progress)
+        with _torch_errors(prepared.recipe):
+            _say_what_was_chosen(prepared, progress)
+            task = Task(prepared.student, prepared.recipe.loss, prepared.data, prepared.hardware)
+            prepared, answers = _open_answers(prepared, facts, progress)
+            prepared = _settle_compile(prepared, task, progress)
         if checkpoint is None:
-            directory.write_recipe(recipe)
+            directory.write_recipe(prepared.recipe)
         try:
-            with StopRequest().listening() as stop, _torch_errors(recipe):
-                return _train(prepared, directory, checkpoint, facts, progress, stop)
+            with StopRequest().listening() as stop, _torch_errors(prepared.recipe):
+                trainer = Trainer(task, answers, prepared.data, prepared.recipe, directory, progress, stop)
+                return _train(prepared, trainer, checkpoint, facts)
         except BaseException as error:
             # The first error is the one to report, also where the disk is too full to note it.
             with contextlib.suppress(OSError):
@@ -170,17 +199,10 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
 
 
 def _train(
-    prepared: Prepared,
-    directory: RunDirectory,
-    checkpoint: Checkpoint | None,
-    facts: dict[str, Any],
-    progress: Progress,
-    stop: StopRequest,
+    prepared: Prepared, trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    recipe, data = prepared.recipe, prepared.data
+    recipe, directory, progress = prepared.recipe, trainer.run, trainer.progress
     directory.write_facts(facts | {"ended": "running"})
-    task = Task(prepared.student, prepared.teacher, recipe.loss, data, prepared.hardware)
-    trainer = Trainer(task, data, recipe, directory, progress, stop)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         progress.note(f"resumed after epoch {trainer.epoch}, step {trainer.step}")
@@ -199,20 +221,93 @@ def _train(
     return _finish(prepared, trainer, directory, facts)
 
 
-def _say_what_was_chosen(prepared: Prepared, facts: dict[str, Any], progress: Progress) -> None:
-    """Say the automatic choices and how the teacher does; a teacher that cannot teach ends the run here."""
-    for key, reason in prepared.hardware.reasons.items():
+def _say_what_was_chosen(prepared: Prepared, progress: Progress) -> None:
+    for key, reason in prepared.reasons.items():
         progress.note(f"{key}: {_value(prepared.recipe, key)} ({reason})")
-    images = "held-out"
     if prepared.data.validation is None:
         progress.note("no image is held out: the last epoch's network is kept, not the best one's")
-        images = "training"
-    if prepared.teacher is not None:
-        size = prepared.recipe.engine.evaluation_batch_size
-        checked = check_teacher(prepared.teacher, prepared.data, facts["data"], prepared.hardware, batch_size=size)
-        progress.note(
-            f"teacher {prepared.teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images"
+
+
+def _as_it_was(prepared: Prepared, begun: Recipe) -> Prepared:
+    """Take over what an earlier start of the run has measured, so that it goes on in the same way."""
+    before, now = begun.engine.model_dump(), prepared.recipe.engine.model_dump()
+    known = {key: before[key] for key in _MEASURED if now[key] == "auto" or f"engine.{key}" in prepared.reasons}
+    reasons = {key: why for key, why in prepared.reasons.items() if key.removeprefix("engine.") not in known}
+    return replace(prepared, reasons=reasons).settled(**known)
+
+
+def _open_answers(prepared: Prepared, facts: dict[str, Any], progress: Progress) -> tuple[Prepared, Answers | None]:
+    """Check the teacher, open its memory and settle its form; a teacher that cannot teach ends the run here."""
+    teacher, data, recipe, machine = prepared.teacher, prepared.data, prepared.recipe, prepared.hardware
+    if teacher is None:
+        return prepared, None
+    identity = answers_module.identity(recipe.engine, teacher, data, machine)
+    shared = identity if recipe.engine.teacher_memory == "disk" else None
+    # Two runs on the same data by the same teacher need one check.
+    checked = shared and teacher_memory.read_check(shared, facts["data"])
+    if not checked:
+        size = recipe.engine.evaluation_batch_size
+        checked = check_teacher(teacher, data, facts["data"], machine, batch_size=size)
+    images = "held-out" if data.validation else "training"
+    progress.note(f"teacher {teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images")
+    answers, form, why = answers_module.open_answers(recipe, identity, teacher, data, machine, progress.note)
+    if why:
+        progress.note(f"engine.teacher_form: {form} ({why})")
+    if shared:
+        teacher_memory.write_check(shared, facts["data"], checked)
+    return prepared.settled(teacher_form=form), answers
+
+
+def fill_memory(prepared: Prepared, progress: Progress) -> tuple[str, int]:
+    """Ask the teacher about every view that the run would meet, and train nothing.
+
+    Args:
+        prepared: With a memory on disk.
+        progress: Hears of every epoch.
+
+    Returns:
+        The memory's key, and the images that the teacher was shown.
+    """
+    asked = 0
+    with _torch_errors(prepared.recipe):
+        prepared, answers = _open_answers(prepared, _facts(prepared), progress)
+        assert answers is not None
+        assert answers.memory is not None
+        recipe, device = prepared.recipe, prepared.hardware.device
+        for epoch in range(recipe.engine.epochs):
+            batches = prepared.data.train.train_batches(
+                batch_size=recipe.engine.batch_size, seed=recipe.seed, epoch=epoch, start=0, device=device
+            )
+            for _ in answers.alongside(batches, Stopwatch(device)):
+                pass
+            counts = answers.take_counts()
+            asked += counts["asked"]
+            progress.note(
+                f"epoch {epoch + 1}/{recipe.engine.epochs}: {counts['asked']:,} asked about, "
+                f"{counts['remembered']:,} known"
+            )
+    return answers.memory.identity.key, asked
+
+
+def _settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepared:
+    """Compile the student's step where that was asked for or pays."""
+    recipe, data = prepared.recipe, prepared.data
+    engine = recipe.engine
+    compiled = engine.compile == "on"
+    if engine.compile != "off":
+        images = answers_module.first_images(recipe, data, prepared.hardware)
+        compiled, why = compiling.choose(
+            task.student,
+            task.normalisation,
+            prepared.hardware,
+            images[: -(-len(images) // engine.gradient_accumulation)],
+            steps=len(data.train) // engine.batch_size * engine.epochs * engine.gradient_accumulation,
+            wanted=engine.compile,
         )
+        progress.note(f"engine.compile: {'on' if compiled else 'off'} ({why})")
+    if compiled:
+        task.compile()
+    return prepared.settled(compile="on" if compiled else "off")
 
 
 def _check_same_inputs(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

@@ -86,6 +86,21 @@ class EngineOptions(Section):
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="parts into which a batch is cut to save memory")
     device: str = Field("auto", description="auto, cpu, or a name such as cuda, cuda:1, mps, xpu")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the networks; losses are always fp32")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="whether to compile the student's step; auto where the run is long enough to pay for it"
+    )
+    teacher_form: Literal["auto", "plain", "folded", "folded-bf16", "folded-fp32", "folded-nchw", "compiled"] = Field(
+        "auto", description="how the frozen teacher computes; auto is the fastest on its first images"
+    )
+    teacher_memory: Literal["auto", "off", "ram", "disk"] = Field(
+        "auto", description="where the teacher's answers are kept; disk is shared by all runs under $CAKD_HOME"
+    )
+    teacher_memory_precision: Literal["auto", "fp16", "fp32"] = Field(
+        "auto", description="of the kept answers; auto loses nothing: fp16 where the teacher computes in bf16"
+    )
+    teacher_memory_gb: float = Field(
+        4.0, gt=0, le=1e6, description="most room for all answers, in 10^9 bytes; over it the teacher is asked live"
+    )
     channels_last: bool = Field(True, description="memory layout that convolutions prefer")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay a step of an average of the weights, which is what is saved; 0 = off"

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,24 @@ def show_catalogue(stdout: Console, rows: Sequence[Mapping[str, str]]) -> None:
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         stdout.print(Text(row["name"].ljust(width), style="bold") + Text(f"  {row['summary']}", style="default"))
+
+
+def show_memories(stdout: Console, rows: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """Print the teacher memories of this machine."""
+    if not rows:
+        stdout.print(f"no teacher memory in {folder}", markup=False)
+        return
+    for row in rows:
+        if "error" in row:
+            stdout.print(f"{row['key']}  {row['error']}", markup=False)
+            continue
+        known = f"{row['known'] / row['rows']:.0%} of {row['rows']:,} answers"
+        stdout.print(
+            f"{row['key']}  {known}, {decimal(row['bytes'])} on disk\n"
+            f"  {row['teacher']}, {row['computed']}, kept in {row['stored']}\n"
+            f"  about {row['data']}, {row['views_per_image']} views an image",
+            markup=False,
+        )
 
 
 def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
@@ -29,8 +48,11 @@ def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
         "memory": f"about {plan['training_memory_bytes'] / 2**20:,.0f} MiB for the student's training step",
         "device": f"{plan['device']}{_reason(plan, 'engine.device')}",
         "precision": f"{plan['precision']}{_reason(plan, 'engine.precision')}",
+        "answers": f"{plan['teacher_memory']}{_reason(plan, 'engine.teacher_memory')}",
         "out": plan["out"],
     }
+    if not teacher:
+        del lines["answers"]
     for key, value in lines.items():
         stdout.print(f"{key:<10}{value}", markup=False)
 

@@ -1,0 +1,337 @@
+"""A teacher's answers to the batches of an epoch: remembered where it has been asked before, else asked now.
+
+Shape suffixes: B batch, N views of a window, C classes.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+from torch.nn import functional
+
+from cakd_cli.data import Batch, ImageDataSet, Views
+from cakd_cli.engine import teacher_forms, teacher_memory
+from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.stopwatch import Stopwatch
+from cakd_cli.engine.teacher import Teacher
+from cakd_cli.engine.teacher_forms import Form
+from cakd_cli.engine.teacher_memory import Identity, TeacherMemory
+from cakd_cli.errors import RecipeError
+from cakd_cli.recipe.schema import EngineOptions, Recipe
+
+# Unknown views of so many images are asked together, so that few unknown ones still make a batch worth its overhead.
+_WINDOW_IMAGES = 512
+_WINDOW_BYTES = 4 * 2**20
+
+
+class _Unwritten(NamedTuple):
+    """Answers on their way from the device."""
+
+    views: Tensor
+    answers: Tensor
+    arrived: torch.Event
+
+
+class Answers:
+    """Gives each batch its teacher logits.
+
+    Args:
+        ask: From uint8 images to float32 logits, without gradient.
+        memory: Of views asked before; none asks about every batch.
+        device: Where batches and answers live.
+        note: Takes a line for the user when the memory is in trouble.
+
+    Attributes:
+        asked: Images that the teacher was shown.
+        remembered: Images that it need not be shown.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[Tensor], Tensor],
+        memory: TeacherMemory | None,
+        device: torch.device,
+        note: Callable[[str], None],
+    ) -> None:
+        self._ask = ask
+        self.memory = memory
+        self._device = device
+        self._note = note
+        self._noted: set[str] = set()
+        self._unwritten: list[_Unwritten] = []
+        self.asked = 0
+        self.remembered = 0
+
+    def take_counts(self) -> dict[str, int]:
+        """Give the images asked about and remembered since the last call."""
+        counts = {"asked": self.asked, "remembered": self.remembered}
+        self.asked = self.remembered = 0
+        return counts
+
+    def alongside(self, batches: Iterator[Batch], watch: Stopwatch) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield each batch with the teacher's logits (batch, classes) in float32.
+
+        What was recorded is on disk, or on its way there, when the last batch has been yielded.
+        """
+        if self.memory is None:
+            yield from self._live(batches, watch)
+            return
+        for window in _windows(batches):
+            with watch("teacher"):
+                answers_NC = self._remembered(window, self.memory)
+            yield from zip(window, answers_NC.split([len(batch.labels) for batch in window]), strict=True)
+        self.flush()
+
+    def _live(self, batches: Iterator[Batch], watch: Stopwatch) -> Iterator[tuple[Batch, Tensor]]:
+        if self._device.type == "cuda":
+            yield from self._ahead(batches, watch)
+            return
+        for batch in batches:
+            self.asked += len(batch.labels)
+            with watch("teacher"):
+                answers_BC = self._ask(batch.images)
+            yield batch, answers_BC
+
+    def _ahead(self, batches: Iterator[Batch], watch: Stopwatch) -> Iterator[tuple[Batch, Tensor]]:
+        """Ask on a stream of its own, a batch ahead of the student, so that both may fill the device."""
+        main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        before: tuple[Batch, Tensor, torch.cuda.Event] | None = None
+        while True:
+            batch = next(batches, None)
+            ahead = None
+            if batch is not None:
+                self.asked += len(batch.labels)
+                side.wait_stream(main)
+                with torch.cuda.stream(side), watch("teacher"):
+                    answers_BC = self._ask(batch.images)
+                # Both cross streams: their memory may be used again only when the other stream is done with it.
+                batch.images.record_stream(side)
+                answers_BC.record_stream(main)
+                ahead = batch, answers_BC, side.record_event()
+            if before is not None:
+                main.wait_event(before[2])
+                yield before[:2]
+            if ahead is None:
+                return
+            before = ahead
+
+    def _remembered(self, window: list[Batch], memory: TeacherMemory) -> Tensor:
+        self._write_arrived(memory)
+        views_N = torch.cat([batch.views for batch in window if batch.views is not None])
+        stored_NC, known_N = memory.recall(views_N)
+        unknown_N = (~known_N).nonzero().squeeze(1)
+        self.asked += len(unknown_N)
+        self.remembered += len(views_N) - len(unknown_N)
+        answers_NC = self._to_device(stored_NC)
+        if len(unknown_N):
+            images = torch.cat([batch.images for batch in window])
+            chosen_N = self._to_device(unknown_N)
+            fresh_NC = self._ask_in_batches(images[chosen_N], len(window[0].labels))
+            # What a later run will read is what this one uses.
+            answers_NC[chosen_N] = memory.rounded(fresh_NC)
+            self._write(memory, views_N[unknown_N], fresh_NC)
+        self._say_troubles(memory)
+        return answers_NC
+
+    def _ask_in_batches(self, images: Tensor, size: int) -> Tensor:
+        """Ask about batches of one size, filled up with black images.
+
+        Kernels may sum in another order for another size: so an answer does not depend on which others were unknown.
+        """
+        missing = -len(images) % size
+        filled = functional.pad(images, [0] * 7 + [missing])
+        return torch.cat([self._ask(part) for part in filled.split(size)])[: len(images)]
+
+    def _say_troubles(self, memory: TeacherMemory) -> None:
+        """Say each kind of trouble once: the run goes on as if the memory had known less."""
+        troubles = {
+            "damaged": memory.damaged and f"{memory.folder} holds answers that are not what was written: asked again",
+            "stopped": memory.stopped and f"new answers are not kept: {memory.stopped}",
+        }
+        for kind, text in troubles.items():
+            if text and kind not in self._noted:
+                self._noted.add(kind)
+                self._note(f"teacher memory: {text}")
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _write(self, memory: TeacherMemory, views: Tensor, answers: Tensor) -> None:
+        if self._device.type != "cuda":
+            memory.record(views, answers.cpu())
+            return
+        on_host = torch.empty(answers.shape, dtype=answers.dtype, pin_memory=True)
+        on_host.copy_(answers, non_blocking=True)
+        arrived = torch.Event(self._device)
+        arrived.record()
+        self._unwritten.append(_Unwritten(views, on_host, arrived))
+
+    def _write_arrived(self, memory: TeacherMemory) -> None:
+        while self._unwritten and self._unwritten[0].arrived.query():
+            views, answers, _ = self._unwritten.pop(0)
+            memory.record(views, answers)
+
+    def flush(self) -> None:
+        """Record what is still on its way from the device."""
+        if self.memory is not None and self._unwritten:
+            self._unwritten[-1].arrived.synchronize()
+            self._write_arrived(self.memory)
+
+
+def _windows(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Group batches so that a window has many images, but neither large ones nor a wait before the first step."""
+    window: list[Batch] = []
+    for batch in batches:
+        window.append(batch)
+        images = sum(len(part.labels) for part in window)
+        if images >= _WINDOW_IMAGES or sum(part.images.nbytes for part in window) >= _WINDOW_BYTES:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def settle_memory(
+    options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware
+) -> tuple[EngineOptions, str]:
+    """Settle where answers are kept and how exactly.
+
+    Returns:
+        The options without ``auto``, and why where it was not asked for.
+
+    Raises:
+        RecipeError: If a memory is asked for, and training has no end of views.
+    """
+    where, stored = options.teacher_memory, options.teacher_memory_precision
+    if stored == "auto":
+        # bf16 has fewer digits than fp16, and logits are far from the ends of its range.
+        stored = "fp16" if hardware.precision == "bf16" else "fp32"
+    views = data.train.views
+    if where == "off":
+        reason = ""
+    elif views is None:
+        if where != "auto":
+            raise RecipeError(
+                f"engine.teacher_memory is {where}, but every epoch draws new views of {data.name}",
+                hint="data.views=8 draws 8 views of each image and replays them",
+            )
+        where, reason = "off", "every epoch draws new views; data.views=8 would replay 8 of each image"
+    else:
+        size = _identity(teacher, data, views, hardware, stored).num_bytes
+        room = f"{decimal(size)} for {views.per_sample} views of {views.samples:,} images"
+        if size > options.teacher_memory_gb * 1e9:
+            where, reason = "off", f"{room} are more than engine.teacher_memory_gb={options.teacher_memory_gb:g}"
+        elif where == "auto":
+            free = shutil.disk_usage(_existing(teacher_memory.root())).free
+            where, reason = ("disk", f"at most {room}") if free > size else ("off", f"{room}, {decimal(free)} free")
+        else:
+            reason = ""
+    update = {"teacher_memory": where, "teacher_memory_precision": stored}
+    return options.model_copy(update=update), reason
+
+
+def identity(options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware) -> Identity | None:
+    """Say what the run's answers depend on; none without a memory."""
+    views = data.train.views
+    if options.teacher_memory == "off" or views is None:
+        return None
+    return _identity(teacher, data, views, hardware, options.teacher_memory_precision)
+
+
+def open_answers(
+    recipe: Recipe,
+    identity: Identity | None,
+    teacher: Teacher,
+    data: ImageDataSet,
+    hardware: Hardware,
+    note: Callable[[str], None],
+) -> tuple[Answers, str, str]:
+    """Open the memory and put the teacher into its form.
+
+    A memory on disk knows the form that its answers were computed in, and every run with it takes the same.
+
+    Args:
+        recipe: With its memory settled.
+        identity: Of :func:`identity`.
+        teacher: Who answers.
+        data: Its training views are asked about.
+        hardware: The run's.
+        note: Takes lines for the user.
+
+    Returns:
+        The answers, the form, and why it was taken, empty if that is not worth a line.
+
+    Raises:
+        InputError: If the memory is damaged.
+        RecipeError: If the teacher cannot take the form that was asked for.
+    """
+    options, views = recipe.engine, data.train.views if identity else None
+    folder = teacher_memory.folder_of(identity) if identity and options.teacher_memory == "disk" else None
+    form: Form | None = None
+    name, reason = str(options.teacher_form), ""
+    if name == "auto" and folder is not None and folder.exists():
+        name = teacher_memory.read(folder).facts["form"]
+        reason = "" if name == "plain" else "as its remembered answers were computed"
+    if name == "auto":
+        images = first_images(recipe, data, hardware)
+        asks = _expected_asks(len(data.train), recipe.engine.epochs, views)
+        form, reason = teacher_forms.choose(teacher, hardware, images, asks=asks, compiled=options.compile)
+        name = form.name
+    if form is None:
+        try:
+            form = Form(teacher, name, hardware)
+        except Exception as error:
+            # Tracing runs the code of anybody's network, which may fail with anything.
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise RecipeError(
+                f"the teacher cannot take the form '{name}': {why}", hint="engine.teacher_form=plain"
+            ) from error
+    memory = None
+    if identity is not None:
+        facts = {"teacher": teacher.name, "data": data.name, "form": name}
+        memory = TeacherMemory.open(identity, facts) if folder is not None else TeacherMemory(identity)
+        known = len(memory.written())
+        if known:
+            note(f"teacher memory {identity.key}: {known:,} of {identity.rows:,} answers are known")
+    return Answers(form, memory, hardware.device, note), name, reason
+
+
+def _identity(teacher: Teacher, data: ImageDataSet, views: Views, hardware: Hardware, stored: str) -> Identity:
+    return Identity(
+        teacher=teacher.weights_hash,
+        architecture=teacher.architecture,
+        mean=teacher.mean,
+        std=teacher.std,
+        data=data.fingerprint,
+        views=views.identity,
+        samples=views.samples,
+        per_sample=views.per_sample,
+        computed=f"{hardware.device.type} {hardware.precision}",
+        stored=stored,
+        width=data.num_classes,
+    )
+
+
+def _expected_asks(images: int, epochs: int, views: Views | None) -> int:
+    if views is None:
+        return images * epochs
+    # Of V views an image has met V (1 - (1 - 1/V)^E) in E epochs.
+    return round(images * views.per_sample * (1 - (1 - 1 / views.per_sample) ** epochs))
+
+
+def first_images(recipe: Recipe, data: ImageDataSet, hardware: Hardware) -> Tensor:
+    """Take the first training batch, to measure on."""
+    batches = data.train.train_batches(
+        batch_size=recipe.engine.batch_size, seed=recipe.seed, epoch=0, start=0, device=hardware.device
+    )
+    return next(iter(batches)).images
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,74 @@
+"""Whether compiling the student's step pays in this run, by trying it on a copy."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cakd_cli.engine.hardware import Hardware
+from cakd_cli.errors import HardwareError
+from cakd_cli.evaluation.predict import Normalisation
+
+# Steps that take less than this in all are not worth the trial: compiling takes half a minute or more.
+WORTH_TRYING_SECONDS = 600.0
+_ROUNDS = 3
+
+
+def mode(device: torch.device) -> str:
+    """Choose how to compile: nets of this size wait for kernels to be launched, which a CUDA graph does at once."""
+    return "reduce-overhead" if device.type == "cuda" else "default"
+
+
+def choose(
+    student: nn.Module, normalise: Normalisation, hardware: Hardware, images: Tensor, *, steps: int, wanted: str
+) -> tuple[bool, str]:
+    """Decide by measuring forward and backward of a copy; the student and the random numbers stay as they are.
+
+    Args:
+        student: The network that learns, on the device.
+        normalise: From uint8 images to its input.
+        hardware: The run's.
+        images: A batch of uint8 images, as large as a step's.
+        steps: Steps of the run.
+        wanted: The recipe's ``engine.compile``, ``on`` or ``auto``.
+
+    Returns:
+        Whether to compile, and why.
+
+    Raises:
+        HardwareError: If it was asked for and cannot be done.
+    """
+    with torch.random.fork_rng(devices=[hardware.device] if hardware.device.type == "cuda" else []):
+        network = copy.deepcopy(student).train()
+        _seconds(network, normalise(images), hardware)  # the first call of a kernel is not like the others
+        eager = min(_seconds(network, normalise(images), hardware) for _ in range(_ROUNDS))
+        if wanted == "auto" and eager * steps < WORTH_TRYING_SECONDS:
+            return False, f"about {eager * steps:.0f} s of steps would not pay for it"
+        try:
+            compiled = torch.compile(network, mode=mode(hardware.device))
+            started = time.perf_counter()
+            _seconds(compiled, normalise(images), hardware)
+            spent = time.perf_counter() - started
+            fast = min(_seconds(compiled, normalise(images), hardware) for _ in range(_ROUNDS))
+        except Exception as error:
+            # A compiler is a world of its own, and may fail with anything.
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            if wanted == "on":
+                raise HardwareError(f"the student cannot be compiled: {why}", hint="engine.compile=off") from error
+            return False, f"it cannot be compiled: {why}"
+    saved = (eager - fast) * steps
+    figures = f"a step of {1000 * fast:.0f} ms instead of {1000 * eager:.0f}, {saved:+.0f} s over the run"
+    return wanted == "on" or saved > spent, f"{figures}, {spent:.0f} s to compile"
+
+
+def _seconds(network: Callable[[Tensor], Tensor], images: Tensor, hardware: Hardware) -> float:
+    hardware.wait()
+    started = time.perf_counter()
+    with hardware.autocast():
+        logits = network(images)
+    # Gradients pile up in the copy, which costs what it costs in a step.
+    logits.float().square().mean().backward()
+    hardware.wait()
+    return time.perf_counter() - started

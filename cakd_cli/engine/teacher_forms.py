@@ -1,0 +1,148 @@
+"""The forms in which a frozen teacher can answer, and which is the fastest here.
+
+plain         as the recipe's precision and memory layout say
+folded        each batch norm multiplied into the convolution before it
+folded-bf16   folded, with weights and images in bf16 instead of autocast
+folded-fp32   folded, in float32 although the recipe says bf16: faster where bf16 is emulated
+folded-nchw   folded, in the layout of channels first
+compiled      folded, then compiled
+"""
+
+import math
+import time
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.teacher import Teacher
+from cakd_cli.errors import HardwareError
+from cakd_cli.evaluation.predict import Normalisation
+
+# A run in which the teacher answers for less than this does not measure forms.
+WORTH_MEASURING_SECONDS = 60.0
+# An answering time that pays for a compilation of half a minute even where it gains a tenth.
+WORTH_COMPILING_SECONDS = 600.0
+# Images that a form is measured on.
+_SAMPLE = 64
+_ROUNDS = 3
+# A form may be this many times as far from the float32 answers as the plain form is; rounding in float32 is the floor.
+_SLACK, _FLOOR = 2.0, 1e-4
+
+
+class Form:
+    """A teacher that answers in one of the forms above.
+
+    Args:
+        teacher: Whose answers.
+        name: Of the form.
+        hardware: The run's.
+
+    Raises:
+        ValueError: If the network cannot take the form.
+    """
+
+    def __init__(self, teacher: Teacher, name: str, hardware: Hardware) -> None:
+        self.name = name
+        if name in ("folded-fp32", "folded-bf16"):
+            hardware = replace(hardware, precision="fp32")
+        if name == "folded-nchw":
+            hardware = replace(hardware, channels_last=False)
+        self._dtype = torch.bfloat16 if name == "folded-bf16" else torch.float32
+        self._model = teacher.model if name == "plain" else hardware.place(_fold(teacher.model).to(self._dtype))
+        if name == "compiled":
+            self._model.compile()
+        self._hardware = hardware
+        self._normalise = Normalisation(teacher.mean, teacher.std, hardware)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map uint8 images (batch, channels, height, width) to float32 logits (batch, classes)."""
+        with self._hardware.autocast():
+            return self._model(self._normalise(images).to(self._dtype)).float()  # type: ignore[no-any-return]
+
+
+def choose(teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, compiled: str) -> tuple[Form, str]:
+    """Measure the forms on real images and take the fastest whose answers agree.
+
+    Args:
+        teacher: Whose forms.
+        hardware: The run's.
+        images: Some of its uint8 images, on the device.
+        asks: Images that the run will ask about, at most.
+        compiled: The recipe's ``engine.compile``: whether to try, ``auto`` where the work is long enough.
+
+    Returns:
+        The form, and why it was taken; empty where the answers take too little time for it to matter.
+    """
+    plain = Form(teacher, "plain", hardware)
+    images = images[:_SAMPLE]
+    plain(images)  # the first call of a kernel is not like the others
+    seconds = {"plain": _seconds(plain, images, hardware)}
+    expected = seconds["plain"] / len(images) * asks
+    if expected < WORTH_MEASURING_SECONDS:
+        return plain, ""
+    exact = Form(teacher, "plain", hardware.full_precision())(images)
+    bar = max(_SLACK * _distance(plain(images), exact), _FLOOR)
+    forms = {"plain": plain}
+    refused = []
+    for name in _candidates(hardware, compiled, expected):
+        try:
+            form = Form(teacher, name, hardware)
+            distance = _distance(form(images), exact)
+        except Exception as error:
+            if name == "compiled" and compiled == "on":
+                raise HardwareError(
+                    f"the teacher cannot be compiled: {_first_line(error)}", hint="engine.compile=off"
+                ) from error
+            refused.append(f"{name} cannot be made")
+            continue
+        if distance <= bar:
+            forms[name] = form
+        else:
+            refused.append(f"{name} answers differently by {distance:.1e}")
+    for _ in range(_ROUNDS):
+        for name, form in forms.items():
+            seconds[name] = min(seconds.get(name, math.inf), _seconds(form, images, hardware))
+    best = min(forms, key=seconds.__getitem__)
+    rates = ", ".join(f"{name} {len(images) / seconds[name]:,.0f}" for name in sorted(forms, key=seconds.__getitem__))
+    return forms[best], "; ".join([f"images/s: {rates}", *refused])
+
+
+def _candidates(hardware: Hardware, compiled: str, expected_seconds: float) -> list[str]:
+    names = ["folded"]
+    if hardware.precision == "bf16":
+        names += ["folded-bf16", "folded-fp32"]
+    if hardware.channels_last:
+        names.append("folded-nchw")
+    if compiled == "on" or (compiled == "auto" and expected_seconds > WORTH_COMPILING_SECONDS):
+        names.append("compiled")
+    return names
+
+
+def _fold(model: nn.Module) -> nn.Module:
+    """Copy a network with each batch norm multiplied into the convolution that it alone follows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of asserts in the networks of other libraries
+        return fuse(model).eval()
+
+
+def _seconds(form: Form, images: Tensor, hardware: Hardware) -> float:
+    hardware.wait()
+    started = time.perf_counter()
+    form(images)
+    hardware.wait()
+    return time.perf_counter() - started
+
+
+def _distance(answers_BC: Tensor, exact_BC: Tensor) -> float:
+    """Compare answers up to what softmax ignores: root of the squared error over that of the exact answers."""
+    answers_BC, exact_BC = (x - x.mean(1, keepdim=True) for x in (answers_BC, exact_BC))
+    return float((answers_BC - exact_BC).norm() / exact_BC.norm().clamp(min=1e-30))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
