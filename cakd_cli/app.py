@@ -48,6 +48,12 @@ class SplitName(StrEnum):
     train = "train"
 
 
+class Baseline(StrEnum):
+    """What to measure against."""
+
+    plain = "plain"
+
+
 class Catalogue(StrEnum):
     """What can be listed."""
 
@@ -247,6 +253,38 @@ def export(
     from cakd_cli.console import Console
 
     command.run(run, format=format.value, out=out, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
+
+
+@app.command()
+def bench(
+    words: Words = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    against: Annotated[
+        Baseline | None, typer.Option(help="plain: the loop that people copy from paper repositories.")
+    ] = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure how fast a recipe's step is here, and where its time goes."""
+    from cakd_cli.commands import bench as command
+    from cakd_cli.console import Console
+
+    flags = {
+        "data": data,
+        "data.root": data_root,
+        "teacher": teacher,
+        "model": student,
+        "engine.device": device,
+        "engine.batch_size": batch_size,
+    }
+    console = Console(json_mode=json, quiet=quiet, verbose=verbose)
+    command.run(words or [], flags, against=against.value if against else None, console=console)
 
 
 @app.command("list")

@@ -32,6 +32,10 @@ FLAGS = {
         *("--json", "-q", "--quiet", "-v", "--verbose"),
     },
     "export": {"--format", "--out", "--json", "-q", "--quiet", "-v", "--verbose"},
+    "bench": {
+        *("--data", "--data-root", "--teacher", "--student", "--against", "--device", "--batch-size"),
+        *("--json", "-q", "--quiet", "-v", "--verbose"),
+    },
     "list": {"--json"},
     "env": {"--json"},
     "recipes list": {"--json"},

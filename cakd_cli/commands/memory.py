@@ -32,7 +32,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         "views_per_image": memory.identity.per_sample,
         "rows": memory.identity.rows,
         "known": len(memory.written()),
-        "bytes": memory.used_bytes(),
+        "bytes": teacher_memory.used_bytes(memory.identity),
     }
 
 

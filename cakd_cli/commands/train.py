@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 
 from cakd_cli.console import Console
-from cakd_cli.engine import run_directory, training
+from cakd_cli.engine import planning, run_directory, training
 from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.resolve import names_recipe, resolve
@@ -65,7 +65,7 @@ def train(
     if recipe.teacher is not None and not recipe.needs_teacher:
         console.note("the teacher is not asked: no term of the loss needs it")
     if dry_run:
-        return training.plan(prepared) | {"out": str(path)}
+        return planning.plan(prepared) | {"out": str(path)}
     facts = training.run(prepared, path, resume=resume, overwrite=overwrite, progress=console)
     return facts | {"out": str(path)}
 

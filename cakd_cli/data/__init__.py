@@ -7,11 +7,12 @@ from pydantic import Field
 from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views
 from cakd_cli.data.folder import FolderSpec
 from cakd_cli.data.memory import MemorySplit
+from cakd_cli.data.noise import NoiseSpec
 from cakd_cli.data.tensors import DigitsSpec, TensorsSpec
 from cakd_cli.data.torchvision_sets import CifarSpec, FashionMnistSpec
 
 DataOptions = Annotated[
-    DigitsSpec | CifarSpec | FashionMnistSpec | TensorsSpec | FolderSpec, Field(discriminator="type")
+    DigitsSpec | CifarSpec | FashionMnistSpec | TensorsSpec | FolderSpec | NoiseSpec, Field(discriminator="type")
 ]
 
 # The union is the registry.

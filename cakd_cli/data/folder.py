@@ -4,6 +4,7 @@ Shape suffixes: B batch, N samples.
 """
 
 import hashlib
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cakd_cli.data.augmentation import epoch_key, sample_seed
 from cakd_cli.data.base import IMAGENET_MEAN, IMAGENET_STD, Batch, DataSpec, ImageDataSet, Split, Views, hold_out
+from cakd_cli.data.decoded import DecodedImages
 from cakd_cli.errors import InputError
 
 # The draw with which a sample is asked for when it is not to be augmented.
@@ -31,10 +33,13 @@ class _Images(Dataset[Any]):
     An unreadable file comes back as a sentence, because an exception would arrive with the worker's traceback.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], seed: int, spec: "FolderSpec") -> None:
+    def __init__(
+        self, samples: list[tuple[str, int]], seed: int, spec: "FolderSpec", decoded: DecodedImages | None
+    ) -> None:
         from torchvision.transforms import v2
 
         self.samples = samples
+        self.decoded = decoded
         self.seed = seed
         self.augment = v2.Compose(
             [
@@ -52,23 +57,35 @@ class _Images(Dataset[Any]):
         )
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        from PIL import Image
-
         draw, index = key
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                if file.mode.startswith(("I", "F")):
-                    # Pillow would cut every value above 255 to white.
-                    return f"{path}: has more than 8 bits a channel; convert it to 8"
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-            return f"{path}: cannot be read as an image: {error}"
+        label = self.samples[index][1]
+        decoded = self.decoded if draw != _NO_DRAW else None
+        image = decoded.read(index) if decoded is not None else None
+        if image is None:
+            image = _decode(self.samples[index][0])
+            if isinstance(image, str):
+                return image
+            if decoded is not None:
+                image = decoded.keep(index, image)
         if draw == _NO_DRAW:
             return self.plain(image), label
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sample_seed(self.seed, draw, index))
             return self.augment(image), label
+
+
+def _decode(path: str) -> Any:
+    """Read a picture, or say why it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                # Pillow would cut every value above 255 to white.
+                return f"{path}: has more than 8 bits a channel; convert it to 8"
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        return f"{path}: cannot be read as an image: {error}"
 
 
 def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -88,10 +105,17 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 class FolderSplit(Split):
     """Files and their labels; nothing is decoded before it is asked for."""
 
-    def __init__(self, samples: list[tuple[str, int]], spec: "FolderSpec", index_N: Tensor) -> None:
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        spec: "FolderSpec",
+        index_N: Tensor,
+        decoded: DecodedImages | None = None,
+    ) -> None:
         self._samples = samples
         self._spec = spec
         self._index_N = index_N
+        self._decoded = decoded
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -104,11 +128,13 @@ class FolderSplit(Split):
         if not spec.views:
             return None
         settings = f"{spec.image_size} pixels, area {spec.min_crop_area}, flip {spec.horizontal_flip}"
+        if spec.decoded_gb:
+            settings += ", shrunk first"
         return Views(len(self._samples), spec.views, f"{spec.views} crops: {settings}; {_stamps(self._samples)}")
 
     def subset(self, indices_N: Tensor) -> "FolderSplit":
         """Return the split of the samples at these positions."""
-        return FolderSplit(self._samples, self._spec, self._index_N[indices_N])
+        return FolderSplit(self._samples, self._spec, self._index_N[indices_N], self._decoded)
 
     def train_batches(
         self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
@@ -134,7 +160,7 @@ class FolderSplit(Split):
 
     def _load(self, seed: int, batches: list[list[tuple[int, int]]], device: torch.device) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            _Images(self._samples, seed, self._spec),
+            _Images(self._samples, seed, self._spec, self._decoded),
             batch_sampler=batches,
             num_workers=min(self._spec.workers, len(batches)),
             collate_fn=_collate,
@@ -168,6 +194,12 @@ class FolderSpec(DataSpec):
         description="crops of each training image that are drawn once and replayed, so that a teacher memory can hold "
         "the answers; 0 = new ones in every epoch",
     )
+    decoded_gb: float = Field(
+        0,
+        ge=0,
+        le=1e6,
+        description="room under $CAKD_HOME for decoded training images, in 10^9 bytes; 0 = decode in every epoch",
+    )
     workers: int = Field(
         default_factory=lambda: min(8, os.cpu_count() or 1), ge=0, le=256, description="processes that decode images"
     )
@@ -192,7 +224,15 @@ class FolderSpec(DataSpec):
             _check_classes(classes, sorted(_folders(root / part)), root, part)
         files = {part: _list(root / part, classes) for part in ("train", *held)}
 
-        splits = {part: FolderSplit(listed, self, torch.arange(len(listed))) for part, listed in files.items()}
+        decoded = None
+        if self.decoded_gb:
+            # The smallest crop then still has as many pixels as the networks see.
+            shorter_side = math.ceil(self.image_size / math.sqrt(self.min_crop_area))
+            decoded = DecodedImages.open(files["train"], shorter_side=shorter_side, limit_gb=self.decoded_gb)
+        splits = {
+            part: FolderSplit(listed, self, torch.arange(len(listed)), decoded if part == "train" else None)
+            for part, listed in files.items()
+        }
         train, validation = splits["train"], splits["val"] if len(held) == 2 else None
         if validation is None:
             keep, out = hold_out(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from cakd_cli.engine import allocator
 from cakd_cli.errors import HardwareError
 from cakd_cli.recipe.schema import EngineOptions
 
@@ -44,6 +45,11 @@ class Hardware:
         """Wait until the device has done what it was told; for measurements."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+    def keep_freed_memory(self) -> None:
+        """Keep the CPU's freed tensors for the next step; accelerators do so by themselves."""
+        if self.device.type == "cpu":
+            allocator.keep_freed_memory()
 
     def full_precision(self) -> "Hardware":
         """Return the same machine computing in float32: what reported figures are measured in."""

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cakd_cli.data import Batch, ImageDataSet
+from cakd_cli.engine import limits
 from cakd_cli.engine.answers import Answers
 from cakd_cli.engine.average import Average
+from cakd_cli.engine.guard import Guard
 from cakd_cli.engine.optimizer import flat_state, load_flat_state, make_optimizer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
@@ -27,25 +29,8 @@ from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import predict
 from cakd_cli.recipe.schema import Recipe
 
-
-class _Guard:
-    """Keeps the optimizer from using values that are not finite, without waiting for the device.
-
-    Fused optimizers skip their step while ``found_inf`` is 1, which is how gradient scalers use them. Once raised it
-    stays, so the weights remain those of the last good step until the host looks.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.raised = torch.zeros((), device=device)
-        self.first_bad_step = torch.full((), -1.0, device=device)
-        optimizer.found_inf = self.raised  # type: ignore[attr-defined]
-
-    def look(self, loss: Tensor, parameters: list[nn.Parameter], step: int) -> None:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = ~(loss.detach().isfinite() & norm.isfinite())
-        self.first_bad_step.copy_(torch.where(bad & (self.raised == 0), float(step), self.first_bad_step))
-        self.raised.copy_(torch.maximum(self.raised, bad.float()))
+# An epoch as short as this needs no advice on how to make it shorter.
+_WORTH_A_LINE_SECONDS = 5.0
 
 
 class Trainer:
@@ -72,7 +57,7 @@ class Trainer:
         self.parameters = list(task.student.parameters())
         self.optimizer = make_optimizer(recipe.optimizer, self.parameters)
         self.average = Average(task.student, recipe.engine.ema_decay) if recipe.engine.ema_decay else None
-        self.guard = _Guard(self.optimizer, self.hardware.device)
+        self.guard = Guard(self.optimizer, self.hardware.device)
         self.steps_per_epoch = len(data.train) // recipe.engine.batch_size
         self.epoch = 0  # epochs completed
         self.step = 0  # steps completed in the epoch under way
@@ -94,17 +79,22 @@ class Trainer:
             DivergedError: If a loss or gradient is not finite; no weight has been touched by it.
             StoppedError: If a signal asked for it; a checkpoint has been saved.
         """
+        limit_said = False
         while self.epoch < self.recipe.engine.epochs:
-            line = self._train_epoch() | self._validate()
+            line = self.train_epoch() | self._validate()
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None
             self.run.append_metrics(line)
             self.progress.epoch(line)
+            if not limit_said and line["seconds"] > _WORTH_A_LINE_SECONDS:
+                self.progress.note(limits.sentence(line["time"], self.recipe))
+                limit_said = True
             self._save_if_due(last=self.epoch == self.recipe.engine.epochs)
             self._stop_if_asked()
         if not self.best_state:
             self.best_state = _copy(self.network.state_dict())
 
-    def _train_epoch(self) -> dict[str, Any]:
+    def train_epoch(self) -> dict[str, Any]:
+        """Train from the step that has been reached to the end of the epoch; returns its line for metrics.jsonl."""
         engine, watch = self.recipe.engine, self.task.watch
         self.task.student.train()
         started, first_step, rate = time.perf_counter(), self.step, 0.0

@@ -244,7 +244,8 @@ def check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     changed = [
         f"{key}: {before.get(key)!r} in the run, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE_KEYS
+        # A key that is automatic in a run is one that the version which began it did not know.
+        if before.get(key) not in (after.get(key), "auto") and key not in _FREE_KEYS
     ]
     if changed:
         raise RecipeError(

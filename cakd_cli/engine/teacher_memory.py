@@ -36,6 +36,8 @@ from cakd_cli.files import home, whole_folder, write_json
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _CHECKSUM_BYTES = 4
+# What memory.json says beside the identity: names for people, and the form in which the teacher computes.
+FACTS = ("teacher", "data", "form")
 # Part of every identity: another layout is another memory.
 _LAYOUT = 1
 
@@ -116,7 +118,8 @@ class TeacherMemory:
         self._sizes = (identity.rows * identity.row_bytes, identity.rows * _CHECKSUM_BYTES)
         self._files: list[int] = []
         if folder is None:
-            self._answers, self._checksums = (mmap.mmap(-1, size) for size in self._sizes)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # takes room as it is written
+            self._answers, self._checksums = (mmap.mmap(-1, size, flags=flags) for size in self._sizes)
             return
         self.facts = read_facts(folder)
         if self.facts["identity"] != identity.document():
@@ -148,8 +151,8 @@ class TeacherMemory:
             os.close(self._files.pop())
 
     @classmethod
-    def open(cls, identity: Identity, facts: Mapping[str, Any]) -> "TeacherMemory":
-        """Open the memory on disk, creating it with these facts where there is none.
+    def open(cls, identity: Identity, facts: Mapping[str, str]) -> "TeacherMemory":
+        """Open the memory on disk, creating it with these ``FACTS`` where there is none.
 
         Raises:
             InputError: If its files are damaged.
@@ -238,10 +241,6 @@ class TeacherMemory:
         rows = [self._row(view) is not None for view in self.written().tolist()]
         return sum(rows), len(rows) - sum(rows)
 
-    def used_bytes(self) -> int:
-        """Size on disk in bytes: holes take no room."""
-        return sum(os.fstat(file).st_blocks * 512 for file in self._files) if self.folder is not None else 0
-
     def close(self) -> None:
         """Give the files free."""
         self._answers.close()
@@ -299,6 +298,11 @@ def folder_of(identity: Identity) -> Path:
     return root() / identity.key
 
 
+def used_bytes(identity: Identity) -> int:
+    """Room that a memory takes on disk now, in bytes: holes take none."""
+    return sum(file.stat().st_blocks * 512 for file in folder_of(identity).glob("*.bin"))
+
+
 def read_check(identity: Identity, data: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read how the teacher did on held-out images, if another run has measured it.
 
@@ -340,8 +344,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
         facts["identity"]["layout"]
+        whole = all(isinstance(facts[name], str) for name in FACTS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"memory.json cannot be read: {type(error).__name__}") from error
+    if not whole:
+        raise _damaged(folder, f"memory.json lacks one of {', '.join(FACTS)}")
     return facts  # type: ignore[no-any-return]
 
 

@@ -16,10 +16,9 @@ from torch import nn
 
 from cakd_cli import __version__
 from cakd_cli.data import ImageDataSet, MemorySplit
-from cakd_cli.engine import answers as answers_module
-from cakd_cli.engine import compiling, run_directory, saved_model, teacher_memory
+from cakd_cli.engine import compiling, run_directory, saved_model, teacher_memory, teaching
 from cakd_cli.engine import hardware as hardware_module
-from cakd_cli.engine.answers import Answers, settle_memory
+from cakd_cli.engine.answers import Answers
 from cakd_cli.engine.hardware import Hardware
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
@@ -50,7 +49,7 @@ class Prepared:
     teacher: Teacher | None
     reasons: dict[str, str]  # of what was settled automatically, by recipe key
 
-    def settled(self, **engine: str) -> "Prepared":
+    def settled(self, **engine: Any) -> "Prepared":
         """Return the same run with these keys of ``engine`` settled."""
         options = self.recipe.engine.model_copy(update=engine)
         return replace(self, recipe=self.recipe.model_copy(update={"engine": options}))
@@ -95,7 +94,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if teacher is None:
         engine = engine.model_copy(update=_WITHOUT_TEACHER)
     else:
-        engine, why = settle_memory(engine, teacher, data, machine)
+        engine, why = teaching.settle_memory(engine, teacher, data, machine)
         if why:
             reasons["engine.teacher_memory"] = why
     recipe = recipe.model_copy(update={"engine": engine})
@@ -111,47 +110,6 @@ def _place(data: ImageDataSet, machine: Hardware) -> ImageDataSet:
         return data
     placed = {name: split.to(machine.device) for name, split in in_memory.items()}
     return ImageDataSet(**{**vars(data), **placed})
-
-
-def plan(prepared: Prepared) -> dict[str, Any]:
-    """Say what a run would do, without doing it."""
-    recipe, data, machine = prepared.recipe, prepared.data, prepared.hardware
-    image_shape = (data.channels, *data.image_size)
-    steps = len(data.train) // recipe.engine.batch_size
-    student = {"name": recipe.model.label, **_size(prepared.student, image_shape)}
-    # Weights, gradients and the optimizer's one or two moments, all in float32.
-    moments = 2 if recipe.optimizer.type == "adamw" else 1
-    fixed = 4 * student["parameters"] * (2 + moments)
-    kept = cost.saved_bytes_per_image(prepared.student, image_shape) * recipe.engine.batch_size
-    kept = kept // recipe.engine.gradient_accumulation // (2 if machine.precision == "bf16" else 1)
-    result = {
-        "data": {
-            "name": data.name,
-            "classes": data.num_classes,
-            "image": list(image_shape),
-            "train": len(data.train),
-            "validation": len(data.validation) if data.validation else 0,
-            "test": len(data.test),
-        },
-        "student": student,
-        "teacher": None,
-        "loss": [term.model_dump(mode="json") for term in recipe.loss],
-        "epochs": recipe.engine.epochs,
-        "steps_per_epoch": steps,
-        "steps": steps * recipe.engine.epochs,
-        "training_memory_bytes": fixed + kept,
-        "device": str(machine.device),
-        "precision": machine.precision,
-        "teacher_memory": recipe.engine.teacher_memory,
-        "chosen": prepared.reasons,
-    }
-    if prepared.teacher is not None:
-        result["teacher"] = {"name": prepared.teacher.name, **_size(prepared.teacher.model, image_shape)}
-    return result
-
-
-def _size(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    return {"parameters": cost.num_parameters(model), "flops_per_image": cost.flops(model, image_shape)}
 
 
 def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
@@ -178,11 +136,12 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         checkpoint = directory.latest_checkpoint()
         if checkpoint is not None:
             _check_same_inputs(before, facts, out)
+        prepared.hardware.keep_freed_memory()
         with _torch_errors(prepared.recipe):
             _say_what_was_chosen(prepared, progress)
             task = Task(prepared.student, prepared.recipe.loss, prepared.data, prepared.hardware)
             prepared, answers = _open_answers(prepared, facts, progress)
-            prepared = _settle_compile(prepared, task, progress)
+            prepared = settle_compile(prepared, task, progress)
         if checkpoint is None:
             directory.write_recipe(prepared.recipe)
         try:
@@ -230,8 +189,9 @@ def _say_what_was_chosen(prepared: Prepared, progress: Progress) -> None:
 
 def _as_it_was(prepared: Prepared, begun: Recipe) -> Prepared:
     """Take over what an earlier start of the run has measured, so that it goes on in the same way."""
-    before, now = begun.engine.model_dump(), prepared.recipe.engine.model_dump()
-    known = {key: before[key] for key in _MEASURED if now[key] == "auto" or f"engine.{key}" in prepared.reasons}
+    before, now = dict(begun.engine), dict(prepared.recipe.engine)
+    open_keys = [key for key in _MEASURED if now[key] == "auto" or f"engine.{key}" in prepared.reasons]
+    known = {key: before[key] for key in open_keys if before[key] != "auto"}
     reasons = {key: why for key, why in prepared.reasons.items() if key.removeprefix("engine.") not in known}
     return replace(prepared, reasons=reasons).settled(**known)
 
@@ -241,7 +201,7 @@ def _open_answers(prepared: Prepared, facts: dict[str, Any], progress: Progress)
     teacher, data, recipe, machine = prepared.teacher, prepared.data, prepared.recipe, prepared.hardware
     if teacher is None:
         return prepared, None
-    identity = answers_module.identity(recipe.engine, teacher, data, machine)
+    identity = teaching.identity(recipe.engine, teacher, data, machine)
     shared = identity if recipe.engine.teacher_memory == "disk" else None
     # Two runs on the same data by the same teacher need one check.
     checked = shared and teacher_memory.read_check(shared, facts["data"])
@@ -250,7 +210,7 @@ def _open_answers(prepared: Prepared, facts: dict[str, Any], progress: Progress)
         checked = check_teacher(teacher, data, facts["data"], machine, batch_size=size)
     images = "held-out" if data.validation else "training"
     progress.note(f"teacher {teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images")
-    answers, form, why = answers_module.open_answers(recipe, identity, teacher, data, machine, progress.note)
+    answers, form, why = teaching.open_answers(recipe, identity, teacher, data, machine, progress.note)
     if why:
         progress.note(f"engine.teacher_form: {form} ({why})")
     if shared:
@@ -289,13 +249,13 @@ def fill_memory(prepared: Prepared, progress: Progress) -> tuple[str, int]:
     return answers.memory.identity.key, asked
 
 
-def _settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepared:
+def settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepared:
     """Compile the student's step where that was asked for or pays."""
     recipe, data = prepared.recipe, prepared.data
     engine = recipe.engine
     compiled = engine.compile == "on"
     if engine.compile != "off":
-        images = answers_module.first_images(recipe, data, prepared.hardware)
+        images = teaching.first_images(recipe, data, prepared.hardware)
         compiled, why = compiling.choose(
             task.student,
             task.normalisation,

@@ -42,10 +42,10 @@ def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardw
             model(images)
         start = time.perf_counter()
         while len(times) < 5 or (time.perf_counter() - start < 1 and len(times) < 200):
-            _wait(hardware.device)
+            hardware.wait()
             before = time.perf_counter()
             model(images)
-            _wait(hardware.device)
+            hardware.wait()
             times.append(1000 * (time.perf_counter() - before))
     quartiles = statistics.quantiles(times, n=4)
     return {
@@ -54,11 +54,6 @@ def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardw
         "quartiles_ms": [quartiles[0], quartiles[2]],
         "n": len(times),
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def saved_bytes_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:

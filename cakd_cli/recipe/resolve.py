@@ -359,8 +359,11 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
     if recipe.needs_teacher and recipe.teacher is None:
         term = next(term for term in recipe.loss if term.needs_teacher)
         wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")
-    if isinstance(recipe.teacher, models.ModelSpec) and not (
-        recipe.teacher.weights or getattr(recipe.teacher, "pretrained", False)
+    # About noise nobody knows anything, and its recipes are there to measure time.
+    if (
+        isinstance(recipe.teacher, models.ModelSpec)
+        and not (recipe.teacher.weights or getattr(recipe.teacher, "pretrained", False))
+        and recipe.data.type != "noise"
     ):
         wrong(
             ("teacher",), f"{recipe.teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory"

@@ -35,6 +35,39 @@ def show_memories(stdout: Console, rows: Sequence[Mapping[str, Any]], folder: st
         )
 
 
+def show_bench(stdout: Console, report: Mapping[str, Any]) -> None:
+    """Print rates, ratios to the plain loop, shares of the time and memory."""
+    image = " x ".join(map(str, report["image"]))
+    stdout.print(
+        f"{report['teacher']} -> {report['student']}, batch {report['batch_size']}, {image}, "
+        f"{report['engine']['precision']}, {report['device']}, torch {report['versions']['torch']}",
+        markup=False,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("", "images/s", "to plain", "of peak", "peak memory"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, rate in report["images_per_second"].items():
+        spread = report["ratio_spread"].get(name)
+        table.add_row(
+            {"live": "teacher live", "memory_warm": "memory warm"}.get(name, name),
+            f"{rate['median']:,.0f}",
+            f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})" if spread else "",
+            f"{report['share_of_peak'][name]:.0%}" if name in report["share_of_peak"] else "",
+            decimal(report["peak_memory_bytes"][name].get("device", report["peak_memory_bytes"][name]["resident"])),
+        )
+    stdout.print(table)
+    for name, shares in report["time"].items():
+        parts = ", ".join(f"{part} {share:.1%}" for part, share in sorted(shares.items(), key=lambda item: -item[1]))
+        stdout.print(f"{name.replace('_', ' ')}: {parts}", markup=False)
+    flops = report["flops_per_image"]
+    stdout.print(
+        f"an image: student forward {count(flops['student'])}FLOP, teacher {count(flops['teacher'])}FLOP "
+        f"(2 per multiply-add); peak: {count(report['peak_flops_per_second'])}FLOP/s by a matrix product\n"
+        f"medians of {report['rounds']} rounds, least to most in brackets; data loading counts",
+        markup=False,
+    )
+
+
 def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
     """Print what a run would do."""
     data, student, teacher = plan["data"], plan["student"], plan["teacher"]

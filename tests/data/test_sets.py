@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
+import shutil
 import struct
 import tarfile
 import urllib.error
@@ -295,3 +297,128 @@ def test_folders_that_do_not_fit_are_explained(folder, tmp_path):
         folder_data(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"needs train/ and val/ or test/, has cat, dog"):
         folder_data(folder / "train")
+
+
+def views_of(split, *, seed, epochs):
+    seen = {}
+    for epoch in range(epochs):
+        for batch in split.train_batches(batch_size=4, seed=seed, epoch=epoch, start=0, device=CPU):
+            for name, image in zip(batch.views.tolist(), batch.images, strict=True):
+                assert torch.equal(seen.setdefault(name, image), image)
+    return seen
+
+
+def test_recorded_folder_views_are_replayed_in_every_run(folder):
+    noisy(folder)
+    assert folder_data(folder).train.views is None
+    split = folder_data(folder, views=3).train
+    assert (split.views.samples, split.views.per_sample) == (24, 3)
+    one, other = views_of(split, seed=0, epochs=12), views_of(split, seed=7, epochs=12)
+
+    assert len(set(one) | set(other)) > 0.9 * len(split) * 3
+    assert max(one) < split.views.count
+    for name in set(one) & set(other):
+        assert torch.equal(one[name], other[name])
+    # Another share held out names the same views alike.
+    for name, image in views_of(folder_data(folder, views=3, validation_fraction=0.5).train, seed=1, epochs=3).items():
+        assert torch.equal(one.get(name, image), image)
+    some = [name for name in one if name // 3 == next(iter(one)) // 3]
+    assert len(some) > 1
+    assert not all(torch.equal(one[name], one[some[0]]) for name in some)
+
+
+def test_a_picture_that_is_written_again_makes_other_views(folder):
+    before = folder_data(folder, views=3).train.views
+    path = folder / "train" / "cat" / "0.png"
+    os.utime(path, ns=(1, 1))
+
+    assert folder_data(folder, views=3).train.views.identity != before.identity
+
+
+def noisy(folder):
+    """Pictures of which every crop is different."""
+    generator = torch.Generator().manual_seed(1)
+    for path in sorted((folder / "train").rglob("*.png")):
+        pixels = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(path)
+
+
+def epoch_of(data, number=0, workers=0):
+    batches = data.train.train_batches(batch_size=4, seed=0, epoch=number, start=0, device=CPU)
+    return torch.cat([batch.images for batch in batches])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoded_images_are_decoded_once(folder, monkeypatch, workers):
+    noisy(folder)
+    options = {"decoded_gb": 0.01, "validation_fraction": 0.25}
+    data = load(type="folder", path=str(folder), image_size=24, workers=workers, **options)
+    first = [epoch_of(data, number) for number in range(2)]
+    monkeypatch.setattr("cakd_cli.data.folder._decode", lambda path: pytest.fail("decoded again"))
+    again = folder_data(folder, **options)
+    second = [epoch_of(again, number) for number in range(2)]
+
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_decoded_images_are_shrunk_to_what_crops_need(folder, home):
+    noisy(folder)
+    folder_data(folder, decoded_gb=0.01)
+    (kept,) = (home / "decoded").iterdir()
+
+    # 24 pixels of a crop of a quarter of the area: 48 on the shorter side of 70 x 90.
+    sizes = torch.frombuffer(bytearray((kept / "sizes.bin").read_bytes()), dtype=torch.int32).reshape(-1, 2)
+    assert sizes.unique(dim=0).tolist() == [[62, 48]]
+    # Held-out images are looked at as they are.
+    whole, shrunk = (
+        next(iter(data.validation.ordered_batches(batch_size=8, device=CPU))).images
+        for data in (folder_data(folder), folder_data(folder, decoded_gb=0.01))
+    )
+    assert torch.equal(whole, shrunk)
+
+
+def test_a_damaged_decoded_image_is_decoded_again(folder, home):
+    noisy(folder)
+    data = folder_data(folder, decoded_gb=0.01)
+    expected = epoch_of(data)
+    (kept,) = (home / "decoded").iterdir()
+    with (kept / "pixels.bin").open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(9000))
+
+    assert torch.equal(epoch_of(folder_data(folder, decoded_gb=0.01)), expected)
+
+
+def test_a_decoded_cache_that_does_not_fit_is_refused(folder, home, monkeypatch):
+    noisy(folder)
+    with pytest.raises(InputError, match=r"more than data.decoded_gb=1e-06"):
+        folder_data(folder, decoded_gb=1e-6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(InputError, match=r"GB more in .*, 0.0 GB are free"):
+        folder_data(folder, decoded_gb=0.01)
+    monkeypatch.undo()
+    monkeypatch.setenv("CAKD_HOME", str(home))
+    (kept,) = (home / "decoded").iterdir()
+    os.truncate(kept / "pixels.bin", 10)
+    with pytest.raises(InputError, match="are damaged"):
+        folder_data(folder, decoded_gb=0.01)
+
+
+def test_a_full_disk_only_costs_the_cache(folder, monkeypatch):
+    noisy(folder)
+    expected = epoch_of(folder_data(folder, decoded_gb=0.01))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("CAKD_HOME", str(folder / "other"))
+    monkeypatch.setattr(os, "pwrite", full)
+    assert torch.equal(epoch_of(folder_data(folder, decoded_gb=0.01)), expected)
+
+
+def test_noise_has_the_shape_that_was_asked_for():
+    data = load(type="noise", channels=1, image_size=12, classes=7, images=50, validation_fraction=0.0)
+
+    assert (len(data.train), data.channels, data.image_size, data.num_classes) == (50, 1, (12, 12), 7)
+    assert data.fingerprint == load(type="noise", channels=1, image_size=12, classes=7, images=50).fingerprint

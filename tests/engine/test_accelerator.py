@@ -18,13 +18,13 @@ __all__ = ["make_trainer"]
 
 def waits(trainer: Trainer) -> int:
     """Count what torch itself calls a synchronisation in an epoch."""
-    trainer._train_epoch()
+    trainer.train_epoch()
     trainer.step, trainer.sums = 0, None
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer._train_epoch()
+            trainer.train_epoch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.hardware.device.type == "cuda"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cakd_cli.engine import answers, training
+from cakd_cli.engine import teaching, training
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.optimizer import make_optimizer
 from cakd_cli.engine.run_directory import RunDirectory
@@ -44,8 +44,8 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
         recipe = resolve(list(words), defaults | flags)
         prepared = training.prepare(recipe)
         asked = (prepared.teacher, prepared.data, prepared.hardware)
-        identity = answers.identity(prepared.recipe.engine, *asked)
-        given, *_ = answers.open_answers(prepared.recipe, identity, *asked, Silent().note)
+        identity = teaching.identity(prepared.recipe.engine, *asked)
+        given, *_ = teaching.open_answers(prepared.recipe, identity, *asked, Silent().note)
         task = Task(prepared.student, recipe.loss, prepared.data, prepared.hardware)
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
@@ -124,7 +124,7 @@ def test_no_step_waits_for_the_device(make_trainer, monkeypatch, words):
     trainer = make_trainer("engine.log_interval=3", *words)
     calls.clear()
 
-    trainer._train_epoch()
+    trainer.train_epoch()
 
     assert trainer.step == 9
     # Steps 3 and 6, and the end of the epoch.
@@ -140,7 +140,7 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(make_trainer):
         trainer.task.student.train = lambda mode=True: None
         parameters = trainer.parameters
         trainer.optimizer.step = lambda p=parameters: gradients.append([x.grad.clone() for x in p])
-        trainer._train_epoch()
+        trainer.train_epoch()
 
     one, four = gradients[0], gradients[9]
     for whole, summed in zip(one, four, strict=True):
@@ -274,7 +274,7 @@ def test_a_full_device_says_what_to_do(cakd, toy_file, tmp_path, monkeypatch):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "_train_epoch", full)
+    monkeypatch.setattr(Trainer, "train_epoch", full)
     words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
     result = cakd(*words, "--out", tmp_path / "run")
 

@@ -36,6 +36,7 @@ IDENTITY = Identity(
     stored="fp32",
     width=5,
 )
+FACTS = {"teacher": "t", "data": "d", "form": "plain"}
 EVERY = torch.arange(IDENTITY.rows)
 
 
@@ -46,7 +47,7 @@ def truth(views, width=5):
 
 @pytest.fixture
 def filled(home):
-    memory = TeacherMemory.open(IDENTITY, {"form": "plain"})
+    memory = TeacherMemory.open(IDENTITY, FACTS)
     memory.record(EVERY, truth(EVERY))
     return memory
 
@@ -55,7 +56,7 @@ def filled(home):
 @pytest.mark.parametrize("stored", ["fp16", "fp32"])
 def test_what_was_recorded_is_recalled(home, on_disk, stored):
     identity = dataclasses.replace(IDENTITY, stored=stored)
-    memory = TeacherMemory.open(identity, {}) if on_disk else TeacherMemory(identity)
+    memory = TeacherMemory.open(identity, FACTS) if on_disk else TeacherMemory(identity)
     views = torch.tensor([7, 0, 179, 44])
     memory.record(views, truth(views))
 
@@ -68,7 +69,7 @@ def test_what_was_recorded_is_recalled(home, on_disk, stored):
 
 
 def test_an_answer_that_the_precision_cannot_hold_is_used_as_it_is_and_not_kept(home):
-    memory = TeacherMemory.open(dataclasses.replace(IDENTITY, stored="fp16"), {})
+    memory = TeacherMemory.open(dataclasses.replace(IDENTITY, stored="fp16"), FACTS)
     answers = torch.tensor([[1e5, 0, 0, 0, 0], [1.0, 2, 3, 4, 5]])
 
     assert memory.rounded(answers)[0, 0] == 1e5
@@ -92,7 +93,7 @@ def test_every_part_of_the_identity_makes_another_memory(field):
 def test_whatever_is_done_to_the_files_no_wrong_answer_is_used(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAKD_HOME", str(tmp_path_factory.mktemp("home")))
-        memory = TeacherMemory.open(IDENTITY, {})
+        memory = TeacherMemory.open(IDENTITY, FACTS)
         memory.record(EVERY, truth(EVERY))
         folder = teacher_memory.folder_of(IDENTITY)
         changed = set()
@@ -145,14 +146,17 @@ def test_a_truncated_file_is_refused_open_or_not(filled, name):
         filled.recall(EVERY)
     assert caught.value.hint == f"cakd teacher-memory prune {IDENTITY.key}"
     with pytest.raises(InputError, match="100 bytes"):
-        TeacherMemory.open(IDENTITY, {})
+        TeacherMemory.open(IDENTITY, FACTS)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": {"layout": 1}}', '{"identity": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"identity": {"layout": 1}}', '{"identity": 3}', '{"identity": {"layout": 1}, "form": 1}'],
+)
 def test_a_memory_that_does_not_say_what_it_is_is_refused(filled, content):
     (teacher_memory.folder_of(IDENTITY) / "memory.json").write_text(content)
 
-    for reader in (lambda: TeacherMemory.open(IDENTITY, {}), lambda: teacher_memory.read(filled.folder)):
+    for reader in (lambda: TeacherMemory.open(IDENTITY, FACTS), lambda: teacher_memory.read(filled.folder)):
         with pytest.raises(InputError, match=r"is damaged: memory.json"):
             reader()
 
@@ -161,12 +165,12 @@ def test_a_missing_file_is_named(filled):
     (filled.folder / "answers.bin").unlink()
 
     with pytest.raises(InputError, match=r"answers.bin is missing"):
-        TeacherMemory.open(IDENTITY, {})
+        TeacherMemory.open(IDENTITY, FACTS)
 
 
 @pytest.mark.parametrize("failure", ["error", "short"])
 def test_a_full_disk_ends_the_recording_and_nothing_else(home, monkeypatch, failure):
-    memory = TeacherMemory.open(IDENTITY, {})
+    memory = TeacherMemory.open(IDENTITY, FACTS)
     memory.record(EVERY[:10], truth(EVERY[:10]))
     written = []
     original = os.pwrite
@@ -199,7 +203,7 @@ def test_a_memory_that_may_only_be_read_is_read(filled, monkeypatch):
         return original(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", guarded)
-    memory = TeacherMemory.open(IDENTITY, {})
+    memory = TeacherMemory.open(IDENTITY, FACTS)
     memory.record(EVERY, truth(EVERY) + 1)
 
     assert "may only be read" in memory.stopped
@@ -211,7 +215,7 @@ WIDE = dataclasses.replace(IDENTITY, samples=2000, width=100, stored="fp16")
 
 def fill_for_ever(seed, home):
     os.environ["CAKD_HOME"] = home
-    memory = TeacherMemory.open(WIDE, {})
+    memory = TeacherMemory.open(WIDE, FACTS)
     generator = torch.Generator().manual_seed(seed)
     while True:
         views = torch.randint(WIDE.rows, (64,), generator=generator)
@@ -233,7 +237,7 @@ def test_two_processes_that_fill_at_once_and_are_killed_leave_only_whole_answers
         os.kill(process.pid, signal.SIGKILL)
         process.join()
 
-    memory = TeacherMemory.open(WIDE, {})
+    memory = TeacherMemory.open(WIDE, FACTS)
     views = memory.written()
     answers, known = memory.recall(views)
     assert len(views) > 3000
@@ -249,11 +253,11 @@ def test_two_processes_may_create_one_memory(home, monkeypatch):
 
     def slower(path):
         monkeypatch.setattr(teacher_memory, "whole_folder", original)
-        TeacherMemory.open(IDENTITY, {"form": "first"}).record(EVERY, truth(EVERY))
+        TeacherMemory.open(IDENTITY, FACTS | {"form": "first"}).record(EVERY, truth(EVERY))
         return original(path)
 
     monkeypatch.setattr(teacher_memory, "whole_folder", slower)
-    memory = TeacherMemory.open(IDENTITY, {"form": "second"})
+    memory = TeacherMemory.open(IDENTITY, FACTS | {"form": "second"})
 
     assert memory.facts["form"] == "first"
     assert memory.recall(EVERY)[1].all()
@@ -300,7 +304,7 @@ def test_the_teacher_is_asked_once_per_view_and_answers_as_if_it_were_asked_each
     identity = dataclasses.replace(IDENTITY, samples=split.views.samples, per_sample=split.views.per_sample)
     live, teacher = Asked(), Asked()
     expected = epochs_of(split, Answers(live, None, CPU, print), 12)
-    answers = Answers(teacher, TeacherMemory.open(identity, {}), CPU, print)
+    answers = Answers(teacher, TeacherMemory.open(identity, FACTS), CPU, print)
     found = epochs_of(split, answers, 12)
 
     for one, other in zip(expected, found, strict=True):
@@ -315,7 +319,7 @@ def test_the_teacher_is_asked_once_per_view_and_answers_as_if_it_were_asked_each
     assert teacher.images == len(names)
     assert answers.take_counts() == {"asked": len(names), "remembered": live.images - len(names)}
     # Another seed meets views that the first has met; another process would, too.
-    second = Answers(teacher, TeacherMemory.open(identity, {}), CPU, print)
+    second = Answers(teacher, TeacherMemory.open(identity, FACTS), CPU, print)
     epochs_of(split, second, 12, seed=1)
     assert second.asked < 0.3 * live.images
     assert teacher.images <= identity.rows
@@ -477,3 +481,16 @@ def test_prune_wants_to_know_what(cakd, filled):
     assert cakd("teacher-memory", "prune", "nothing").code == 4
     assert cakd("teacher-memory", "prune", "--all").code == 0
     assert "no teacher memory in" in cakd("teacher-memory", "list").out
+
+
+def test_a_full_memory_needs_no_more_room(cakd, toy_file, toy_teacher, tmp_path, monkeypatch):
+    command = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
+    command = (*command, "--epochs", 3, "--batch-size", 16, "data.crop_padding=0")
+    assert cakd(*command, "--out", tmp_path / "one").code == 0
+    (folder,) = teacher_memory.folders()
+    used = teacher_memory.used_bytes(teacher_memory.read(folder).identity)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1, 1))
+
+    assert cakd(*command, "--out", tmp_path / "two").code == 0
+    assert used >= 160 * 4 * 2
+    assert asked_in(tmp_path / "two") == [0, 3 * 9 * 16]

@@ -1,0 +1,308 @@
+"""Runs the engine's own epochs, and the plain loop, in turns; compares them round by round."""
+
+import copy
+import functools
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cakd_cli.bench.plain import PlainLoop
+from cakd_cli.data import ImageDataSet
+from cakd_cli.engine import allocator, teaching, training
+from cakd_cli.engine import hardware as hardware_module
+from cakd_cli.engine.answers import Answers
+from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.loop import Trainer
+from cakd_cli.engine.progress import Progress
+from cakd_cli.engine.run_directory import RunDirectory
+from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.engine.task import Task
+from cakd_cli.engine.teacher_forms import Form
+from cakd_cli.engine.teacher_memory import Identity, TeacherMemory
+from cakd_cli.engine.training import Prepared
+from cakd_cli.errors import RecipeError
+from cakd_cli.evaluation import cost
+from cakd_cli.recipe.schema import Recipe
+
+ROUNDS = 7
+# Each way runs for about so long in each round.
+_SECONDS = 3.0
+_MOST_STEPS = 500
+# Steps of the process that shows the peak memory of one way.
+_MEMORY_STEPS = 2
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run a step."""
+
+    run: Callable[[int], float]  # steps -> seconds
+    shares: Callable[[], dict[str, float]]  # of the latest run
+
+
+def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any]:
+    """Measure the recipe's step.
+
+    Args:
+        recipe: With a teacher; what it would save or evaluate plays no part.
+        progress: Hears what is being done.
+        plain: Whether to run the plain loop between.
+
+    Returns:
+        Rates in images/s with their spread, ratios to the plain loop, shares of the time, FLOPs and peak memory.
+
+    Raises:
+        CakdError: If the recipe cannot be run.
+    """
+    if not recipe.needs_teacher:
+        raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
+    prepared = training.prepare(recipe)
+    prepared.hardware.keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory.open(Path(folder) / "run", resume=False, overwrite=False)
+        try:
+            ways, settled = _ways(prepared, directory, progress, plain=plain)
+            seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(prepared.data.train), progress)
+        finally:
+            directory.close()
+    batch = recipe.engine.batch_size
+    rates = {name: [steps[name] * batch / value for value in values] for name, values in seconds.items()}
+    ratios = {
+        name: [ours / base for ours, base in zip(rates[name], rates["plain"], strict=True)]
+        for name in rates
+        if plain and name != "plain"
+    }
+    progress.note("peak memory: a process for each way")
+    peaks = {name: _peak_in_its_own_process(settled, name) for name in ways}
+    flops = _flops(prepared)
+    peak_flops = _matrix_product(prepared.hardware)
+    return {
+        "device": f"{prepared.hardware.device}: {hardware_module.describe(prepared.hardware.device)}",
+        "versions": training.versions(),
+        "student": recipe.model.label,
+        "teacher": prepared.teacher.name if prepared.teacher else None,
+        "batch_size": batch,
+        "image": [prepared.data.channels, *prepared.data.image_size],
+        "engine": settled.engine.model_dump(mode="json"),
+        "rounds": ROUNDS,
+        "steps": steps,
+        "images_per_second": {name: _spread(values) for name, values in rates.items()},
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratio_spread": {name: _spread(values) for name, values in ratios.items()},
+        "time": shares,
+        "flops_per_image": flops,
+        "peak_flops_per_second": peak_flops,
+        "share_of_peak": {
+            name: statistics.median(rates[name]) * flops[name] / peak_flops for name in shares if name in flops
+        },
+        "peak_memory_bytes": peaks,
+    }
+
+
+def _ways(
+    prepared: Prepared, directory: RunDirectory, progress: Progress, *, plain: bool
+) -> tuple[dict[str, _Way], Recipe]:
+    """Build each way, and the recipe without anything automatic."""
+    data, machine, teacher = prepared.data, prepared.hardware, prepared.teacher
+    assert teacher is not None
+    ways = {"plain": _plain(copy.deepcopy(prepared.student), prepared)} if plain else {}
+    prepared = prepared.settled(teacher_memory="off", log_interval=sys.maxsize, checkpoint_seconds=1e9)
+    live, form, why = teaching.open_answers(prepared.recipe, None, teacher, data, machine, progress.note)
+    progress.note(f"engine.teacher_form: {form}" + (f" ({why})" if why else ""))
+    task = Task(prepared.student, prepared.recipe.loss, data, machine)
+    prepared = training.settle_compile(prepared.settled(teacher_form=form), task, progress)
+    ways["live"] = _engine(prepared, task, live, directory, progress)
+    identity = _identity(prepared)
+    if identity is None:
+        progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
+    else:
+        recipe = prepared.settled(teacher_memory="ram").recipe
+        warm, *_ = teaching.open_answers(recipe, identity, teacher, data, machine, progress.note)
+        ways["memory_warm"] = _engine(prepared, task, warm, directory, progress)
+    return ways, prepared.recipe
+
+
+def _identity(prepared: Prepared) -> Identity | None:
+    assert prepared.teacher is not None
+    options = prepared.settled(teacher_memory="ram").recipe.engine
+    return teaching.identity(options, prepared.teacher, prepared.data, prepared.hardware)
+
+
+def _plain(student: nn.Module, prepared: Prepared) -> _Way:
+    assert prepared.teacher is not None
+    device = prepared.hardware.device
+    frozen = copy.deepcopy(prepared.teacher.model)
+    for model in (student, frozen):
+        model.to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    loop = PlainLoop(prepared.recipe, prepared.data, student, frozen, device)
+    largest = prepared.recipe.engine.batch_size * max(
+        _largest_output(model, prepared.data) for model in (student, frozen)
+    )
+
+    def run(steps: int) -> float:
+        allocator.free_as_usual(largest)
+        return loop.run(steps)
+
+    return _Way(run, dict)
+
+
+def _largest_output(model: nn.Module, data: ImageDataSet) -> int:
+    """Bytes of the largest float32 tensor that a layer makes of one image."""
+    sizes = [0]
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, made: sizes.append(4 * made.numel()))
+        for layer in model.modules()
+        if not list(layer.children())
+    ]
+    image = torch.zeros(1, data.channels, *data.image_size, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        model.eval()(image)
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)
+
+
+def _engine(prepared: Prepared, task: Task, answers: Answers, directory: RunDirectory, progress: Progress) -> _Way:
+    data, batch_size = prepared.data, prepared.recipe.engine.batch_size
+    trainer = Trainer(task, answers, data, prepared.recipe, directory, progress, StopRequest())
+    first_images = functools.cache(lambda steps: data.train.subset(torch.arange(steps * batch_size)))
+    latest: dict[str, float] = {}
+
+    def run(steps: int) -> float:
+        trainer.data = replace(data, train=first_images(steps))
+        trainer.steps_per_epoch = steps
+        trainer.epoch, trainer.step, trainer.sums = 0, 0, None
+        trainer.hardware.keep_freed_memory()
+        trainer.hardware.wait()
+        started = time.perf_counter()
+        latest.update(trainer.train_epoch()["time"])
+        return time.perf_counter() - started
+
+    return _Way(run, lambda: dict(latest))
+
+
+def _rounds(
+    ways: dict[str, _Way], batch_size: int, images: int, progress: Progress
+) -> tuple[dict[str, list[float]], dict[str, int], dict[str, dict[str, float]]]:
+    """Run the ways in turns: seconds of each round, steps in a round, and median shares of the time."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    shares: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    most = min(_MOST_STEPS, images // batch_size)
+    steps = {}
+    for name, way in ways.items():
+        way.run(min(2, most))  # the first calls of kernels, workers that start
+        a_step = way.run(min(2, most)) / min(2, most)
+        steps[name] = max(1, min(most, round(_SECONDS / a_step)))
+        way.run(steps[name])  # with a memory: asks about the views of the rounds
+    for number in range(ROUNDS):
+        rates = []
+        for name, way in ways.items():
+            seconds[name].append(way.run(steps[name]))
+            shares[name].append(way.shares())
+            rates.append(f"{name} {steps[name] * batch_size / seconds[name][-1]:,.0f}")
+        progress.note(f"round {number + 1}/{ROUNDS}: {', '.join(rates)} images/s")
+    medians = {
+        name: {part: statistics.median(line.get(part, 0.0) for line in lines) for part in lines[0]}
+        for name, lines in shares.items()
+        if lines[0]
+    }
+    return seconds, steps, medians
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _flops(prepared: Prepared) -> dict[str, int]:
+    shape = (prepared.data.channels, *prepared.data.image_size)
+    assert prepared.teacher is not None
+    student, teacher = cost.flops(prepared.student, shape), cost.flops(prepared.teacher.model, shape)
+    # The backward pass computes two products for each one of the forward pass.
+    return {"student": student, "teacher": teacher, "live": 3 * student + teacher, "memory_warm": 3 * student}
+
+
+def _matrix_product(hardware: Hardware) -> float:
+    """Measure what the machine can do at best: FLOP/s of a square matrix product in the run's precision."""
+    size = 2048 if hardware.device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    left, right = (torch.randn(size, size, device=hardware.device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        hardware.wait()
+        started = time.perf_counter()
+        left @ right
+        hardware.wait()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _peak_in_its_own_process(recipe: Recipe, way: str) -> dict[str, int]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, recipe, way, torch.get_num_threads()).result()
+
+
+def _peak(recipe: Recipe, name: str, threads: int) -> dict[str, int]:
+    """Run a few steps of one way in a process that does nothing else."""
+    torch.set_num_threads(threads)
+    prepared = training.prepare(recipe)
+    data, teacher, machine = prepared.data, prepared.teacher, prepared.hardware
+    assert teacher is not None
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory.open(Path(folder) / "run", resume=False, overwrite=False)
+        try:
+            if name == "plain":
+                way = _plain(prepared.student, prepared)
+            else:
+                task = Task(prepared.student, recipe.loss, data, machine)
+                if recipe.engine.compile == "on":
+                    task.compile()
+                identity = _identity(prepared) if name == "memory_warm" else None
+                if identity is not None:
+                    # As if it had been asked before: here anything will do for an answer.
+                    memory = TeacherMemory(identity)
+                    answers = Answers(
+                        lambda images: images.new_zeros((len(images), data.num_classes), dtype=torch.float32),
+                        *(memory, machine.device, _Silent().note),
+                    )
+                else:
+                    form = Form(teacher, recipe.engine.teacher_form, machine)
+                    answers = Answers(form, None, machine.device, _Silent().note)
+                way = _engine(prepared, task, answers, directory, _Silent())
+            way.run(_MEMORY_STEPS)
+        finally:
+            directory.close()
+    peaks = {"resident": _peak_resident_bytes()}
+    if machine.device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(machine.device)
+    return peaks
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss, which Linux hands down from the parent.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Silent:
+    """Hears nothing."""
+
+    def note(self, text: str) -> None: ...
+    def start(self, **settings: Any) -> None: ...
+    def step(self, **figures: Any) -> None: ...
+    def epoch(self, line: Any) -> None: ...
+    def end(self) -> None: ...
