@@ -17,7 +17,7 @@ from torch import Tensor
 def home() -> Path:
     """Folder of what outlives a run: $CAKD_HOME, else cakd's place in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cakd"
-    return Path(os.environ.get("CAKD_HOME", cache)).expanduser()
+    return Path(os.environ.get("CAKD_HOME") or cache).expanduser()
 
 
 @contextlib.contextmanager

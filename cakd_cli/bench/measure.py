@@ -1,5 +1,6 @@
 """Runs the engine's own epochs, and the plain loop, in turns; compares them round by round."""
 
+import contextlib
 import copy
 import functools
 import resource
@@ -7,15 +8,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cakd_cli.bench.plain import PlainLoop
 from cakd_cli.data import ImageDataSet
@@ -29,7 +31,7 @@ from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.engine.task import Task
 from cakd_cli.engine.teacher_forms import Form
-from cakd_cli.engine.teacher_memory import Identity, TeacherMemory
+from cakd_cli.engine.teacher_memory import TeacherMemory
 from cakd_cli.engine.training import Prepared
 from cakd_cli.errors import RecipeError
 from cakd_cli.evaluation import cost
@@ -39,6 +41,8 @@ ROUNDS = 7
 # Each way runs for about so long in each round.
 _SECONDS = 3.0
 _MOST_STEPS = 500
+# What decides the time of a step.
+_CHOSEN = ("device", "precision", "channels_last", "compile", "teacher_form", "gradient_accumulation")
 # Steps of the process that shows the peak memory of one way.
 _MEMORY_STEPS = 2
 
@@ -69,13 +73,16 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
     prepared = training.prepare(recipe)
     prepared.hardware.keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.open(Path(folder) / "run", resume=False, overwrite=False)
-        try:
-            ways, settled = _ways(prepared, directory, progress, plain=plain)
-            seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(prepared.data.train), progress)
-        finally:
-            directory.close()
+    with _scratch() as directory:
+        # The plain loop's networks are copied before the engine lays them out.
+        ways = {"plain": _plain(prepared)} if plain else {}
+        prepared, task = _settled(prepared, progress)
+        ways["live"] = _engine(prepared, task, _answers(prepared, warm=False), directory, progress)
+        if prepared.data.train.views is None:
+            progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
+        else:
+            ways["memory_warm"] = _engine(prepared, task, _answers(prepared, warm=True), directory, progress)
+        seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(prepared.data.train), progress)
     batch = recipe.engine.batch_size
     rates = {name: [steps[name] * batch / value for value in values] for name, values in seconds.items()}
     ratios = {
@@ -84,7 +91,7 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         if plain and name != "plain"
     }
     progress.note("peak memory: a process for each way")
-    peaks = {name: _peak_in_its_own_process(settled, name) for name in ways}
+    peaks = {name: _peak_in_its_own_process(prepared.recipe, name) for name in ways}
     flops = _flops(prepared)
     peak_flops = _matrix_product(prepared.hardware)
     return {
@@ -94,7 +101,7 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         "teacher": prepared.teacher.name if prepared.teacher else None,
         "batch_size": batch,
         "image": [prepared.data.channels, *prepared.data.image_size],
-        "engine": settled.engine.model_dump(mode="json"),
+        "engine": {key: getattr(prepared.recipe.engine, key) for key in _CHOSEN},
         "rounds": ROUNDS,
         "steps": steps,
         "images_per_second": {name: _spread(values) for name, values in rates.items()},
@@ -110,49 +117,82 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     }
 
 
-def _ways(
-    prepared: Prepared, directory: RunDirectory, progress: Progress, *, plain: bool
-) -> tuple[dict[str, _Way], Recipe]:
-    """Build each way, and the recipe without anything automatic."""
-    data, machine, teacher = prepared.data, prepared.hardware, prepared.teacher
-    assert teacher is not None
-    ways = {"plain": _plain(copy.deepcopy(prepared.student), prepared)} if plain else {}
-    prepared = prepared.settled(teacher_memory="off", log_interval=sys.maxsize, checkpoint_seconds=1e9)
-    live, form, why = teaching.open_answers(prepared.recipe, None, teacher, data, machine, progress.note)
+@contextlib.contextmanager
+def _scratch() -> Iterator[RunDirectory]:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory.open(Path(folder) / "run", resume=False, overwrite=False)
+        try:
+            yield directory
+        finally:
+            directory.close()
+
+
+def _settled(prepared: Prepared, progress: Progress) -> tuple[Prepared, Task]:
+    """Settle what a run settles by measuring."""
+    assert prepared.teacher is not None
+    task = Task(prepared.student, prepared.recipe.loss, prepared.data, prepared.hardware)
+    recipe = prepared.settled(teacher_memory="off").recipe
+    _, form, why = teaching.open_answers(recipe, prepared.teacher, prepared.data, prepared.hardware, progress.note)
     progress.note(f"engine.teacher_form: {form}" + (f" ({why})" if why else ""))
-    task = Task(prepared.student, prepared.recipe.loss, data, machine)
-    prepared = training.settle_compile(prepared.settled(teacher_form=form), task, progress)
-    ways["live"] = _engine(prepared, task, live, directory, progress)
-    identity = _identity(prepared)
-    if identity is None:
-        progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
-    else:
-        recipe = prepared.settled(teacher_memory="ram").recipe
-        warm, *_ = teaching.open_answers(recipe, identity, teacher, data, machine, progress.note)
-        ways["memory_warm"] = _engine(prepared, task, warm, directory, progress)
-    return ways, prepared.recipe
+    return training.settle_compile(prepared.settled(teacher_form=form), task, progress), task
 
 
-def _identity(prepared: Prepared) -> Identity | None:
-    assert prepared.teacher is not None
-    options = prepared.settled(teacher_memory="ram").recipe.engine
-    return teaching.identity(options, prepared.teacher, prepared.data, prepared.hardware)
+def _answers(prepared: Prepared, *, warm: bool, made_up: bool = False) -> Answers:
+    """The teacher in its form, with a memory in RAM or without one; or anything instead of what it would say."""
+    recipe, data, teacher, machine = prepared.recipe, prepared.data, prepared.teacher, prepared.hardware
+    assert teacher is not None
+    memory = None
+    if warm:
+        options = prepared.settled(teacher_memory="ram").recipe.engine
+        identity = teaching.identity(options, teacher, data, machine, options.teacher_form)
+        assert identity is not None
+        memory = TeacherMemory(identity)
+
+    def anything(images: Tensor) -> Tensor:
+        return images.new_zeros((len(images), data.num_classes), dtype=torch.float32)
+
+    ask = anything if made_up else Form(teacher, recipe.engine.teacher_form, machine)
+    return Answers(ask, memory, machine.device, _Silent().note)
 
 
-def _plain(student: nn.Module, prepared: Prepared) -> _Way:
-    assert prepared.teacher is not None
-    device = prepared.hardware.device
-    frozen = copy.deepcopy(prepared.teacher.model)
-    for model in (student, frozen):
-        model.to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    loop = PlainLoop(prepared.recipe, prepared.data, student, frozen, device)
-    largest = prepared.recipe.engine.batch_size * max(
-        _largest_output(model, prepared.data) for model in (student, frozen)
-    )
+def _engine(prepared: Prepared, task: Task, answers: Answers, directory: RunDirectory, progress: Progress) -> _Way:
+    data, batch_size = prepared.data, prepared.recipe.engine.batch_size
+    # Nothing is saved, however long it takes.
+    recipe = prepared.settled(checkpoint_seconds=1e9).recipe
+    trainer = Trainer(task, answers, data, recipe, directory, progress, StopRequest())
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    some_images = functools.cache(lambda steps: data.train.subset(order[: steps * batch_size]))
+    latest: dict[str, float] = {}
 
     def run(steps: int) -> float:
+        trainer.data = replace(data, train=some_images(steps))
+        trainer.steps_per_epoch = steps
+        trainer.epoch, trainer.step, trainer.sums = 0, 0, None
+        trainer.hardware.keep_freed_memory()
+        trainer.hardware.wait()
+        started = time.perf_counter()
+        latest.update(trainer.train_epoch()["time"])
+        return time.perf_counter() - started
+
+    return _Way(run, lambda: dict(latest))
+
+
+def _plain(prepared: Prepared) -> _Way:
+    assert prepared.teacher is not None
+    device = prepared.hardware.device
+    networks = copy.deepcopy(prepared.student), copy.deepcopy(prepared.teacher.model)
+    for model in networks:
+        model.to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    loop = PlainLoop(prepared.recipe, prepared.data, *networks, device)
+    largest = prepared.recipe.engine.batch_size * max(_largest_output(model, prepared.data) for model in networks)
+
+    def run(steps: int) -> float:
+        # What the engine has set for the whole process is as it is for everybody else while this loop runs.
         allocator.free_as_usual(largest)
-        return loop.run(steps)
+        if device.type != "cuda":
+            return loop.run(steps)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+            return loop.run(steps)
 
     return _Way(run, dict)
 
@@ -173,25 +213,6 @@ def _largest_output(model: nn.Module, data: ImageDataSet) -> int:
     return max(sizes)
 
 
-def _engine(prepared: Prepared, task: Task, answers: Answers, directory: RunDirectory, progress: Progress) -> _Way:
-    data, batch_size = prepared.data, prepared.recipe.engine.batch_size
-    trainer = Trainer(task, answers, data, prepared.recipe, directory, progress, StopRequest())
-    first_images = functools.cache(lambda steps: data.train.subset(torch.arange(steps * batch_size)))
-    latest: dict[str, float] = {}
-
-    def run(steps: int) -> float:
-        trainer.data = replace(data, train=first_images(steps))
-        trainer.steps_per_epoch = steps
-        trainer.epoch, trainer.step, trainer.sums = 0, 0, None
-        trainer.hardware.keep_freed_memory()
-        trainer.hardware.wait()
-        started = time.perf_counter()
-        latest.update(trainer.train_epoch()["time"])
-        return time.perf_counter() - started
-
-    return _Way(run, lambda: dict(latest))
-
-
 def _rounds(
     ways: dict[str, _Way], batch_size: int, images: int, progress: Progress
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, dict[str, float]]]:
@@ -202,7 +223,8 @@ def _rounds(
     steps = {}
     for name, way in ways.items():
         way.run(min(2, most))  # the first calls of kernels, workers that start
-        a_step = way.run(min(2, most)) / min(2, most)
+        trial = min(4, most)
+        a_step = way.run(trial) / trial
         steps[name] = max(1, min(most, round(_SECONDS / a_step)))
         way.run(steps[name])  # with a memory: asks about the views of the rounds
     for number in range(ROUNDS):
@@ -248,40 +270,29 @@ def _matrix_product(hardware: Hardware) -> float:
 
 
 def _peak_in_its_own_process(recipe: Recipe, way: str) -> dict[str, int]:
+    """Bytes, of the main process without its data workers; empty if the process does not come to its end."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak, recipe, way, torch.get_num_threads()).result()
+        try:
+            return pool.submit(_peak, recipe, way, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            return {}
 
 
 def _peak(recipe: Recipe, name: str, threads: int) -> dict[str, int]:
-    """Run a few steps of one way in a process that does nothing else."""
+    """Run a few steps of one way in a process that does nothing else; a warm memory asks nobody."""
     torch.set_num_threads(threads)
     prepared = training.prepare(recipe)
-    data, teacher, machine = prepared.data, prepared.teacher, prepared.hardware
-    assert teacher is not None
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.open(Path(folder) / "run", resume=False, overwrite=False)
-        try:
-            if name == "plain":
-                way = _plain(prepared.student, prepared)
-            else:
-                task = Task(prepared.student, recipe.loss, data, machine)
-                if recipe.engine.compile == "on":
-                    task.compile()
-                identity = _identity(prepared) if name == "memory_warm" else None
-                if identity is not None:
-                    # As if it had been asked before: here anything will do for an answer.
-                    memory = TeacherMemory(identity)
-                    answers = Answers(
-                        lambda images: images.new_zeros((len(images), data.num_classes), dtype=torch.float32),
-                        *(memory, machine.device, _Silent().note),
-                    )
-                else:
-                    form = Form(teacher, recipe.engine.teacher_form, machine)
-                    answers = Answers(form, None, machine.device, _Silent().note)
-                way = _engine(prepared, task, answers, directory, _Silent())
-            way.run(_MEMORY_STEPS)
-        finally:
-            directory.close()
+    machine = prepared.hardware
+    with _scratch() as directory:
+        if name == "plain":
+            way = _plain(prepared)
+        else:
+            task = Task(prepared.student, recipe.loss, prepared.data, machine)
+            if recipe.engine.compile == "on":
+                task.compile(recipe.engine.gradient_accumulation)
+            warm = name == "memory_warm"
+            way = _engine(prepared, task, _answers(prepared, warm=warm, made_up=warm), directory, _Silent())
+        way.run(min(_MEMORY_STEPS, len(prepared.data.train) // recipe.engine.batch_size))
     peaks = {"resident": _peak_resident_bytes()}
     if machine.device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(machine.device)

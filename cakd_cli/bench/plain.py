@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cakd_cli.data import FolderSpec, ImageDataSet, MemorySplit
+from cakd_cli.errors import RecipeError
 from cakd_cli.losses import LossTerm
 from cakd_cli.recipe.schema import Recipe, SGDOptions
 
@@ -51,6 +52,8 @@ def _loader(recipe: Recipe, data: ImageDataSet) -> DataLoader[Any]:
     else:
         split = data.train
         assert isinstance(split, MemorySplit)
+        if data.channels not in (1, 3):
+            raise RecipeError(f"Pillow has no pictures of {data.channels} channels", hint="leave out --against plain")
         flip = [transforms.RandomHorizontalFlip()] if split.flip else []
         begin = [transforms.RandomCrop(data.image_size, padding=split.padding), *flip]
         pictures = _Pictures(split, transforms.Compose([*begin, *end]))
@@ -82,6 +85,8 @@ class PlainLoop:
         self._terms: Sequence[LossTerm] = recipe.loss
         self._student, self._teacher, self._device = student, teacher, device
         self._batches: Iterator[Any] = iter(self._loader)
+        # The engine starts its workers anew for each round of a folder, and so does this loop.
+        self._restarts = isinstance(recipe.data, FolderSpec)
         rate = recipe.optimizer.learning_rate
         if isinstance(recipe.optimizer, SGDOptions):
             momentum = recipe.optimizer.momentum
@@ -89,12 +94,15 @@ class PlainLoop:
                 student.parameters(), lr=rate, momentum=momentum, weight_decay=recipe.optimizer.weight_decay
             )
         else:
-            self._optimizer = torch.optim.AdamW(student.parameters(), lr=rate)
+            decay = recipe.optimizer.weight_decay
+            self._optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=decay)
 
     def run(self, steps: int) -> float:
         """Run some steps and return their seconds."""
         self._student.train()
         self._teacher.eval()
+        if self._restarts:
+            self._batches = iter(self._loader)
         started = time.perf_counter()
         for _ in range(steps):
             images, labels = self._next()

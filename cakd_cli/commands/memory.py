@@ -1,6 +1,9 @@
 """cakd teacher-memory."""
 
+import contextlib
 import shutil
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from cakd_cli.engine import teacher_memory, training
 from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.report import tables
+
+_LEFTOVER_SECONDS = 3600.0
 
 
 def list_all(*, console: Console) -> None:
@@ -23,6 +28,8 @@ def _describe(folder: Path) -> dict[str, Any]:
         memory = teacher_memory.read(folder)
     except InputError as error:
         return {"key": folder.name, "error": error.message}
+    with contextlib.closing(memory):
+        known = len(memory.written())
     return {
         "key": folder.name,
         "teacher": memory.facts["teacher"],
@@ -31,7 +38,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         "stored": memory.identity.stored,
         "views_per_image": memory.identity.per_sample,
         "rows": memory.identity.rows,
-        "known": len(memory.written()),
+        "known": known,
         "bytes": teacher_memory.used_bytes(memory.identity),
     }
 
@@ -44,7 +51,8 @@ def verify(keys: Sequence[str], *, console: Console) -> None:
     """
     rows = []
     for folder in _chosen(keys):
-        whole, damaged = teacher_memory.read(folder).verify()
+        with contextlib.closing(teacher_memory.read(folder)) as memory:
+            whole, damaged = memory.verify()
         rows.append({"key": folder.name, "whole": whole, "damaged": damaged})
     bad = [row for row in rows if row["damaged"]]
     if bad:
@@ -73,10 +81,16 @@ def prune(keys: Sequence[str], *, all_of_them: bool, console: Console) -> None:
     """
     if bool(keys) == all_of_them:
         raise UsageError("name the memories to remove, or give --all", hint="cakd teacher-memory list")
-    # What a process was creating when it was killed goes with the rest.
-    folders = [path for path in teacher_memory.root().glob("*") if path.is_dir()] if all_of_them else _chosen(keys)
+    folders = _chosen(keys)
     for folder in folders:
-        shutil.rmtree(folder)
+        # Under another name at once: whoever looks for it finds it whole or not at all.
+        doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    for leftover in teacher_memory.root().glob(".*.tmp"):
+        # What was killed while it was created or removed; a younger one may be somebody's at work.
+        if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
     removed = [folder.name for folder in folders]
     console.result(removed, lambda stdout: stdout.print(f"removed {', '.join(removed) or 'nothing'}", markup=False))
 

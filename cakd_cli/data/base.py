@@ -31,6 +31,11 @@ class Batch(NamedTuple):
     views: Tensor | None = None
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting where that is safe: not every accelerator keeps the source until it is copied."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 @dataclass(frozen=True)
 class Views:
     """The finite set of views that training can meet: what a teacher can be asked once and for all.

@@ -98,11 +98,12 @@ class DecodedImages:
         """Give an image that has been kept, or none."""
         from PIL import Image
 
-        self._open_files()
+        if not self._open_files():
+            return None
         pixels, checksums = self._maps
         expected = int.from_bytes(checksums[index * _CHECKSUM_BYTES : (index + 1) * _CHECKSUM_BYTES], "little")
         content = pixels[slice(*self._places[index])] if expected else b""
-        if not expected or _crc(content) != expected:
+        if not expected or _crc(self._sizes[index], content) != expected:
             return None
         return Image.frombytes("RGB", self._sizes[index], content)
 
@@ -113,19 +114,23 @@ class DecodedImages:
         if image.size != self._sizes[index]:
             image = image.resize(self._sizes[index], Image.Resampling.BILINEAR)
         content = image.tobytes()
-        self._open_files()
-        with contextlib.suppress(OSError):
-            # Not through the map, where a full disk is a signal that ends the process.
-            if os.pwrite(self._files[0], content, self._places[index][0]) == len(content):
-                os.pwrite(self._files[1], _crc(content).to_bytes(4, "little"), index * _CHECKSUM_BYTES)
+        if self._open_files():
+            with contextlib.suppress(OSError):
+                # Not through the map, where a full disk is a signal that ends the process.
+                if os.pwrite(self._files[0], content, self._places[index][0]) == len(content):
+                    checksum = _crc(self._sizes[index], content).to_bytes(_CHECKSUM_BYTES, "little")
+                    os.pwrite(self._files[1], checksum, index * _CHECKSUM_BYTES)
         return image
 
-    def _open_files(self) -> None:
-        if self._process == os.getpid():
-            return
-        self._process = os.getpid()
-        self._files = [os.open(self._folder / name, os.O_RDWR) for name in ("pixels.bin", "checksums.bin")]
-        self._maps = [mmap.mmap(file, 0, access=mmap.ACCESS_READ) for file in self._files]
+    def _open_files(self) -> bool:
+        """Open the files once a process; without them, because somebody removed them, every image is decoded."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._files, self._maps = [], []
+            with contextlib.suppress(OSError):
+                self._files = [os.open(self._folder / name, os.O_RDWR) for name in ("pixels.bin", "checksums.bin")]
+                self._maps = [mmap.mmap(file, 0, access=mmap.ACCESS_READ) for file in self._files]
+        return len(self._maps) == 2
 
 
 def _kept_size(path: str, shorter_side: int) -> tuple[int, int]:
@@ -153,8 +158,8 @@ def _create(folder: Path, sizes: list[tuple[int, int]]) -> None:
             raise
 
 
-def _crc(content: bytes) -> int:
-    return crc32(content) or 1
+def _crc(size: tuple[int, int], content: bytes) -> int:
+    return crc32(content, size[0]) or 1
 
 
 def _damaged(folder: Path) -> InputError:

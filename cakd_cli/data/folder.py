@@ -3,7 +3,9 @@
 Shape suffixes: B batch, N samples.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import math
 import os
 import signal
@@ -17,7 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cakd_cli.data.augmentation import epoch_key, sample_seed
-from cakd_cli.data.base import IMAGENET_MEAN, IMAGENET_STD, Batch, DataSpec, ImageDataSet, Split, Views, hold_out
+from cakd_cli.data.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batch,
+    DataSpec,
+    ImageDataSet,
+    Split,
+    Views,
+    hold_out,
+    to_device,
+)
 from cakd_cli.data.decoded import DecodedImages
 from cakd_cli.errors import InputError
 
@@ -121,7 +133,7 @@ class FolderSplit(Split):
         """Count the samples."""
         return len(self._index_N)
 
-    @property
+    @functools.cached_property
     def views(self) -> Views | None:
         """Describe the recorded crops; none where every epoch has new ones."""
         spec = self._spec
@@ -130,7 +142,11 @@ class FolderSplit(Split):
         settings = f"{spec.image_size} pixels, area {spec.min_crop_area}, flip {spec.horizontal_flip}"
         if spec.decoded_gb:
             settings += ", shrunk first"
-        return Views(len(self._samples), spec.views, f"{spec.views} crops: {settings}; {_stamps(self._samples)}")
+        # The draws are torch's, the crops torchvision's and the pixels Pillow's.
+        made_by = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "pillow"))
+        return Views(
+            len(self._samples), spec.views, f"{spec.views} crops: {settings}; {made_by}; {_stamps(self._samples)}"
+        )
 
     def subset(self, indices_N: Tensor) -> "FolderSplit":
         """Return the split of the samples at these positions."""
@@ -173,7 +189,7 @@ class FolderSplit(Split):
             if isinstance(content, str):
                 raise InputError(content, hint="replace or remove the file")
             images, labels = content
-            yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+            yield Batch(to_device(images, device), to_device(labels, device))
 
 
 class FolderSpec(DataSpec):
@@ -285,7 +301,9 @@ def _stamps(samples: list[tuple[str, int]]) -> str:
     """Hash when the files were last written: a changed picture may have the size of the old one."""
     digest = hashlib.sha256()
     for path, _ in samples:
-        digest.update(f"{Path(path).stat().st_mtime_ns}\n".encode())
+        facts = Path(path).stat()
+        # The second cannot be set: it also changes when a file is replaced by one with the first's time.
+        digest.update(f"{facts.st_mtime_ns} {facts.st_ctime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 

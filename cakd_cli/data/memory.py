@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cakd_cli.data.augmentation import draw_views, epoch_key, num_views, take_views
-from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views, hold_out
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views, hold_out, to_device
 from cakd_cli.errors import InputError
 
 
@@ -87,7 +87,7 @@ class MemorySplit(Split):
                 self._padded_NHWC, order_N[chosen], view_N[chosen], padding=self.padding, flip=self.flip
             )
             labels = self.labels_N[order_N[chosen]]
-            yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), name_N[chosen])
+            yield Batch(to_device(images, device), to_device(labels, device), name_N[chosen])
 
     def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield every sample once, in order, without augmentation."""

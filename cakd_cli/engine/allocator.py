@@ -32,6 +32,8 @@ def _set(*, mmap_threshold: int, trim_threshold: int, top_pad: int) -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_MMAP_THRESHOLD, mmap_threshold)
+    # An older glibc refuses more than this, and each of the other calls ends its own adapting.
+    if not (mallopt(_MMAP_THRESHOLD, mmap_threshold) or mallopt(_MMAP_THRESHOLD, _MOST_ADAPTED)):
+        return
     mallopt(_TRIM_THRESHOLD, trim_threshold)
     mallopt(_TOP_PAD, top_pad)

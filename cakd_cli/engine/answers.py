@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cakd_cli.data import Batch
+from cakd_cli.data.base import to_device
 from cakd_cli.engine.stopwatch import Stopwatch
 from cakd_cli.engine.teacher_memory import TeacherMemory
 
@@ -151,7 +152,7 @@ class Answers:
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+        return to_device(tensor, self._device)
 
     def _write(self, memory: TeacherMemory, views: Tensor, answers: Tensor) -> None:
         if self._device.type != "cuda":

@@ -16,13 +16,25 @@ WORTH_TRYING_SECONDS = 600.0
 _ROUNDS = 3
 
 
-def mode(device: torch.device) -> str:
-    """Choose how to compile: nets of this size wait for kernels to be launched, which a CUDA graph does at once."""
-    return "reduce-overhead" if device.type == "cuda" else "default"
+def mode(device: torch.device, parts: int) -> str:
+    """Choose how to compile: nets of this size wait for kernels to be launched, which a CUDA graph does at once.
+
+    Args:
+        device: The run's.
+        parts: Into which a batch is cut; gradients of more than one pile up, which a graph's memory does not allow.
+    """
+    return "reduce-overhead" if device.type == "cuda" and parts == 1 else "default"
 
 
 def choose(
-    student: nn.Module, normalise: Normalisation, hardware: Hardware, images: Tensor, *, steps: int, wanted: str
+    student: nn.Module,
+    normalise: Normalisation,
+    hardware: Hardware,
+    images: Tensor,
+    *,
+    steps: int,
+    parts: int,
+    wanted: str,
 ) -> tuple[bool, str]:
     """Decide by measuring forward and backward of a copy; the student and the random numbers stay as they are.
 
@@ -30,8 +42,9 @@ def choose(
         student: The network that learns, on the device.
         normalise: From uint8 images to its input.
         hardware: The run's.
-        images: A batch of uint8 images, as large as a step's.
+        images: As many uint8 images as a step sees at a time.
         steps: Steps of the run.
+        parts: Into which each step's batch is cut.
         wanted: The recipe's ``engine.compile``, ``on`` or ``auto``.
 
     Returns:
@@ -44,10 +57,10 @@ def choose(
         network = copy.deepcopy(student).train()
         _seconds(network, normalise(images), hardware)  # the first call of a kernel is not like the others
         eager = min(_seconds(network, normalise(images), hardware) for _ in range(_ROUNDS))
-        if wanted == "auto" and eager * steps < WORTH_TRYING_SECONDS:
-            return False, f"about {eager * steps:.0f} s of steps would not pay for it"
+        if wanted == "auto" and eager * steps * parts < WORTH_TRYING_SECONDS:
+            return False, f"about {eager * steps * parts:.0f} s of steps would not pay for it"
         try:
-            compiled = torch.compile(network, mode=mode(hardware.device))
+            compiled = torch.compile(network, mode=mode(hardware.device, parts))
             started = time.perf_counter()
             _seconds(compiled, normalise(images), hardware)
             spent = time.perf_counter() - started
@@ -58,7 +71,7 @@ def choose(
             if wanted == "on":
                 raise HardwareError(f"the student cannot be compiled: {why}", hint="engine.compile=off") from error
             return False, f"it cannot be compiled: {why}"
-    saved = (eager - fast) * steps
+    saved = (eager - fast) * steps * parts
     figures = f"a step of {1000 * fast:.0f} ms instead of {1000 * eager:.0f}, {saved:+.0f} s over the run"
     return wanted == "on" or saved > spent, f"{figures}, {spent:.0f} s to compile"
 

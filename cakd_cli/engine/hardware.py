@@ -64,6 +64,9 @@ def choose(options: EngineOptions) -> Hardware:
     """
     reasons: dict[str, str] = {}
     device = _choose_device(options.device, reasons)
+    if device.type != "cpu" and device.index is not None:
+        # Events and streams that name no device are the current one's.
+        torch.accelerator.set_device_index(device.index)
     if device.type == "cuda":
         # cuDNN's default would round the inputs of fp32 convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False

@@ -36,10 +36,11 @@ def _about_data(recipe: Recipe) -> str:
 
 def _about_teacher(recipe: Recipe) -> str:
     if recipe.engine.teacher_memory != "off":
-        return "its answers are kept: later epochs and runs ask less"
+        runs = " and runs" if recipe.engine.teacher_memory == "disk" else ""
+        return f"its answers are kept: later epochs{runs} ask less"
     if isinstance(recipe.data, FolderSpec) and not recipe.data.views:
         return "data.views=8 would draw 8 crops of each image once and keep the teacher's answers"
-    return "engine.teacher_memory=disk would keep its answers, within engine.teacher_memory_gb"
+    return "engine.teacher_memory=disk would keep its answers, if engine.teacher_memory_gb is room enough"
 
 
 def _about_student(recipe: Recipe) -> str:

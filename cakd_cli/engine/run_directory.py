@@ -27,7 +27,11 @@ from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.schema import Recipe
 
 # Keys that may change between a run and its continuation: they do not change its result.
-_FREE_KEYS = ("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root")
+_FREE_KEYS = (
+    *("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root"),
+    # How it computes, not what: like another device, these may change the last digits.
+    *("engine.compile", "engine.teacher_form", "engine.teacher_memory", "engine.teacher_memory_gb"),
+)
 # Where an export goes unless it is told otherwise.
 EXPORT_NAMES = {"onnx": "model.onnx", "pt2": "model.pt2", "safetensors": "export"}
 # In the order in which a run is removed: what marks the folder as a run goes last.

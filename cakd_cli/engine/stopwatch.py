@@ -23,11 +23,13 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host: dict[str, float] = {}
+        self._calls: dict[str, int] = {}
         self._events: dict[str, tuple[torch.Event, torch.Event]] = {}
 
     def reset(self) -> None:
         """Forget what has been measured."""
         self._host.clear()
+        self._calls.clear()
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -36,6 +38,7 @@ class Stopwatch:
         started = time.perf_counter()
         yield
         self._host[part] = self._host.get(part, 0.0) + time.perf_counter() - started
+        self._calls[part] = self._calls.get(part, 0) + 1
         if events is not None:
             events[1].record()
 
@@ -64,6 +67,11 @@ class Stopwatch:
         if self._device.type == "cpu":
             return {part: spent / seconds for part, spent in self._host.items()}
         data = self._host.get("data", 0.0) / seconds
-        spans = {part: begin.elapsed_time(end) for part, (begin, end) in self._events.items()}
+        # The latest call stands for all of a part; a teacher that works beside the student counts in full.
+        spans = {
+            part: begin.elapsed_time(end) * self._calls[part]
+            for part, (begin, end) in self._events.items()
+            if part in self._calls
+        }
         total = sum(spans.values()) or 1.0
         return {"data": data, **{part: span / total * (1 - data) for part, span in spans.items()}}

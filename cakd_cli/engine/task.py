@@ -34,9 +34,9 @@ class Task:
         self.watch = Stopwatch(hardware.device)
         self._forward: Callable[[Tensor], Tensor] = student
 
-    def compile(self) -> None:
-        """Compile the student's training pass; validation and saving keep the network as it is."""
-        self._forward = torch.compile(self.student, mode=compiling.mode(self.hardware.device))
+    def compile(self, parts: int) -> None:
+        """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
+        self._forward = torch.compile(self.student, mode=compiling.mode(self.hardware.device, parts))
 
     def loss(
         self, images: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, epoch: int

@@ -1,5 +1,6 @@
 """The frozen teacher: read, and checked before an hour is spent on it."""
 
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from cakd_cli.engine.hardware import Hardware
 from cakd_cli.errors import InputError, RecipeError
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
-from cakd_cli.models import ExternalSpec, ModelSpec, load_but_head, load_state, read_state
+from cakd_cli.models import ExternalSpec, ModelSpec, TimmSpec, TorchvisionSpec, load_but_head, load_state, read_state
 from cakd_cli.recipe.schema import RunTeacher
 
 # Answers that differ this much, in top-1, from what the teacher's own run recorded mean that something does not fit.
@@ -78,6 +79,8 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
     digest = saved_model.weights_hash(model.state_dict())
     model = hardware.place(model).eval()
     architecture = network.model_dump_json(exclude={"weights", "pretrained"})
+    if isinstance(network, TorchvisionSpec | TimmSpec):
+        architecture += f" of {network.type} {importlib.metadata.version(network.type)}"
     return Teacher(model, mean, std, name, architecture, digest, facts)
 
 

@@ -8,9 +8,11 @@ folded-nchw   folded, in the layout of channels first
 compiled      folded, then compiled
 """
 
+import contextlib
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -58,14 +60,30 @@ class Form:
         self._hardware = hardware
         self._normalise = Normalisation(teacher.mean, teacher.std, hardware)
 
+    @contextlib.contextmanager
+    def _compiler(self) -> Iterator[None]:
+        """Explain what the compiler, which begins with the first images, may fail with."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.name != "compiled":
+                raise
+            raise HardwareError(
+                f"the teacher cannot be compiled: {_first_line(error)}", hint="engine.teacher_form=folded"
+            ) from error
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (batch, channels, height, width) to float32 logits (batch, classes)."""
-        with self._hardware.autocast():
+        with self._hardware.autocast(), self._compiler():
             return self._model(self._normalise(images).to(self._dtype)).float()  # type: ignore[no-any-return]
 
 
-def choose(teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, compiled: str) -> tuple[Form, str]:
+def choose(
+    teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, compiled: str, float32: bool
+) -> tuple[Form, str]:
     """Measure the forms on real images and take the fastest whose answers agree.
 
     Args:
@@ -74,6 +92,7 @@ def choose(teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, c
         images: Some of its uint8 images, on the device.
         asks: Images that the run will ask about, at most.
         compiled: The recipe's ``engine.compile``: whether to try, ``auto`` where the work is long enough.
+        float32: Whether answers with the digits of float32 are of use where the recipe says bf16.
 
     Returns:
         The form, and why it was taken; empty where the answers take too little time for it to matter.
@@ -89,7 +108,7 @@ def choose(teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, c
     bar = max(_SLACK * _distance(plain(images), exact), _FLOOR)
     forms = {"plain": plain}
     refused = []
-    for name in _candidates(hardware, compiled, expected):
+    for name in _candidates(hardware, compiled, expected, float32=float32):
         try:
             form = Form(teacher, name, hardware)
             distance = _distance(form(images), exact)
@@ -112,10 +131,10 @@ def choose(teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, c
     return forms[best], "; ".join([f"images/s: {rates}", *refused])
 
 
-def _candidates(hardware: Hardware, compiled: str, expected_seconds: float) -> list[str]:
+def _candidates(hardware: Hardware, compiled: str, expected_seconds: float, *, float32: bool) -> list[str]:
     names = ["folded"]
     if hardware.precision == "bf16":
-        names += ["folded-bf16", "folded-fp32"]
+        names += ["folded-bf16", *(["folded-fp32"] if float32 else [])]
     if hardware.channels_last:
         names.append("folded-nchw")
     if compiled == "on" or (compiled == "auto" and expected_seconds > WORTH_COMPILING_SECONDS):

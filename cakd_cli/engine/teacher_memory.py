@@ -36,8 +36,8 @@ from cakd_cli.files import home, whole_folder, write_json
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _CHECKSUM_BYTES = 4
-# What memory.json says beside the identity: names for people, and the form in which the teacher computes.
-FACTS = ("teacher", "data", "form")
+# What memory.json says beside the identity: names for people.
+FACTS = ("teacher", "data")
 # Part of every identity: another layout is another memory.
 _LAYOUT = 1
 
@@ -56,6 +56,7 @@ class Identity:
         samples: Samples in the file.
         per_sample: Views of each.
         computed: Kind of device and precision.
+        form: In which the teacher computes.
         stored: ``fp16`` or ``fp32``.
         width: Numbers in an answer.
     """
@@ -69,6 +70,7 @@ class Identity:
     samples: int
     per_sample: int
     computed: str
+    form: str
     stored: str
     width: int
 
@@ -142,7 +144,9 @@ class TeacherMemory:
         for name in ("answers.bin", "checksums.bin", "lock"):
             try:
                 self._files.append(os.open(folder / name, os.O_RDWR))
-            except PermissionError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
                 self._files.append(os.open(folder / name, os.O_RDONLY))
                 self.stopped = f"{folder / name} may only be read"
 
@@ -191,6 +195,7 @@ class TeacherMemory:
         empty = bytes(self.identity.row_bytes)
         for view in views_B.tolist():
             row = self._row(view)
+            self.damaged += row is None and self._checksum(view) != 0
             rows.append(row or empty)
             known.append(row is not None)
         stored = torch.frombuffer(bytearray(b"".join(rows)), dtype=DTYPES[self.identity.stored])
@@ -219,7 +224,7 @@ class TeacherMemory:
         try:
             with self._locked():
                 for i, view in enumerate(views_B.tolist()):
-                    if not finite[i] or (self._checksum(view) and self._row(view) is not None):
+                    if not finite[i] or self._row(view) is not None:
                         continue
                     row = content[i * size : (i + 1) * size]
                     self._write(0, view * size, row)
@@ -257,10 +262,7 @@ class TeacherMemory:
             return None
         size = self.identity.row_bytes
         row = self._answers[view * size : (view + 1) * size]
-        if _crc(view, row) == expected:
-            return row
-        self.damaged += 1
-        return None
+        return row if _crc(view, row) == expected else None
 
     def _write(self, part: int, place: int, content: bytes) -> None:
         if self.folder is None:
@@ -272,8 +274,12 @@ class TeacherMemory:
     def _check_sizes(self) -> None:
         assert self.folder is not None
         for file, size in zip(self._files, self._sizes, strict=False):
-            if os.fstat(file).st_size != size:
-                raise _damaged(self.folder, f"a file has {os.fstat(file).st_size:,} bytes instead of {size:,}")
+            try:
+                found = os.fstat(file).st_size
+            except OSError as error:  # a network's disk on which somebody else removed it
+                raise _damaged(self.folder, error.strerror or str(error)) from error
+            if found != size:
+                raise _damaged(self.folder, f"a file has {found:,} bytes instead of {size:,}")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -296,6 +302,22 @@ def root() -> Path:
 def folder_of(identity: Identity) -> Path:
     """Folder of a memory, which may not exist yet."""
     return root() / identity.key
+
+
+def known_form(identity: Identity, *, compiled: bool) -> str | None:
+    """Find the form of a memory that differs in the form alone; the fullest if there are several.
+
+    Args:
+        identity: With any form.
+        compiled: Whether a compiled form may be taken.
+    """
+    found = {}
+    for folder in folders():
+        with contextlib.suppress(InputError, KeyError, TypeError):  # a damaged memory is nobody's sibling
+            known = read_facts(folder)["identity"]
+            if known == {**identity.document(), "form": known["form"]} and (compiled or known["form"] != "compiled"):
+                found[known["form"]] = sum(file.stat().st_blocks for file in folder.glob("*.bin"))
+    return max(found, key=found.__getitem__) if found else None
 
 
 def used_bytes(identity: Identity) -> int:

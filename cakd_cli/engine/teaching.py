@@ -1,8 +1,9 @@
 """How a run is taught: where its teacher's answers are kept, and in which form the teacher computes."""
 
+import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 from rich.filesize import decimal
 from torch import Tensor
@@ -29,7 +30,7 @@ def settle_memory(
     Raises:
         RecipeError: If a memory is asked for, and training has no end of views.
     """
-    where, stored = options.teacher_memory, options.teacher_memory_precision
+    where, stored = str(options.teacher_memory), str(options.teacher_memory_precision)
     if stored == "auto":
         # bf16 has fewer digits than fp16, and logits are far from the ends of its range.
         stored = "fp16" if hardware.precision == "bf16" else "fp32"
@@ -44,44 +45,64 @@ def settle_memory(
             )
         where, reason = "off", "every epoch draws new views; data.views=8 would replay 8 of each image"
     else:
-        known = _identity(teacher, data, views, hardware, stored)
-        size = known.num_bytes
-        room = f"{decimal(size)} for {views.per_sample} views of {views.samples:,} images"
-        if size > options.teacher_memory_gb * 1e9:
+        memory = _identity(teacher, data, views, hardware, str(options.teacher_form), stored)
+        room = f"{decimal(memory.num_bytes)} for {views.per_sample} views of {views.samples:,} images"
+        if memory.num_bytes > options.teacher_memory_gb * 1e9:
             where, reason = "off", f"{room} are more than engine.teacher_memory_gb={options.teacher_memory_gb:g}"
         elif where == "auto":
-            free = shutil.disk_usage(_existing(teacher_memory.root())).free
-            enough = size - teacher_memory.used_bytes(known) < free
-            where, reason = ("disk", f"at most {room}") if enough else ("off", f"{room}, {decimal(free)} free")
+            where, reason = _where_there_is_room(memory, room)
         else:
             reason = ""
     update = {"teacher_memory": where, "teacher_memory_precision": stored}
     return options.model_copy(update=update), reason
 
 
-def identity(options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware) -> Identity | None:
-    """Say what the run's answers depend on; none without a memory."""
+def _where_there_is_room(memory: Identity, room: str) -> tuple[str, str]:
+    try:
+        folder = next(path for path in (teacher_memory.root(), *teacher_memory.root().parents) if path.exists())
+        form = teacher_memory.known_form(memory, compiled=True) if memory.form == "auto" else memory.form
+        missing = memory.num_bytes - (teacher_memory.used_bytes(replace(memory, form=form)) if form else 0)
+        free = shutil.disk_usage(folder).free
+        writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError is how Python says that there is no home directory.
+        return "ram", f"nothing can be kept on disk: {error}"
+    if not writable:
+        return "ram", f"nothing can be kept on disk: {folder} cannot be written"
+    # A tenth stays free for checkpoints, and for others.
+    return ("disk", f"at most {room}") if missing < 0.9 * free else ("off", f"{room}, {decimal(free)} free")
+
+
+def identity(
+    options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware, form: str
+) -> Identity | None:
+    """Say what the answers of a run in this form depend on; none without a memory."""
     views = data.train.views
     if options.teacher_memory == "off" or views is None:
         return None
-    return _identity(teacher, data, views, hardware, options.teacher_memory_precision)
+    return _identity(teacher, data, views, hardware, form, options.teacher_memory_precision)
+
+
+def known_form(options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware) -> str | None:
+    """Name the form that the run takes without measuring: that of the recipe, or of a memory on disk."""
+    if options.teacher_form != "auto":
+        return options.teacher_form
+    any_form = identity(options, teacher, data, hardware, "plain")
+    if any_form is None or options.teacher_memory != "disk":
+        return None
+    return teacher_memory.known_form(any_form, compiled=options.compile != "off")
 
 
 def open_answers(
-    recipe: Recipe,
-    identity: Identity | None,
-    teacher: Teacher,
-    data: ImageDataSet,
-    hardware: Hardware,
-    note: Callable[[str], None],
+    recipe: Recipe, teacher: Teacher, data: ImageDataSet, hardware: Hardware, note: Callable[[str], None]
 ) -> tuple[Answers, str, str]:
-    """Open the memory and put the teacher into its form.
+    """Put the teacher into its form and open the memory of its answers.
 
-    A memory on disk knows the form that its answers were computed in, and every run with it takes the same.
+    A memory holds the answers of one form. Unless the recipe names another, a run takes that of the memory on disk,
+    and measures only where there is none.
 
     Args:
         recipe: With its memory settled.
-        identity: Of :func:`identity`.
         teacher: Who answers.
         data: Its training views are asked about.
         hardware: The run's.
@@ -94,38 +115,47 @@ def open_answers(
         InputError: If the memory is damaged.
         RecipeError: If the teacher cannot take the form that was asked for.
     """
-    options, views = recipe.engine, data.train.views if identity else None
-    folder = teacher_memory.folder_of(identity) if identity and options.teacher_memory == "disk" else None
-    form: Form | None = None
-    name, reason = str(options.teacher_form), ""
-    if name == "auto" and folder is not None and folder.exists():
-        name = teacher_memory.read_facts(folder)["form"]
-        reason = "" if name == "plain" else "as its remembered answers were computed"
-    if name == "auto":
-        images = first_images(recipe, data, hardware)
-        asks = _expected_asks(len(data.train), recipe.engine.epochs, views)
-        form, reason = teacher_forms.choose(teacher, hardware, images, asks=asks, compiled=options.compile)
-        name = form.name
-    if form is None:
-        try:
-            form = Form(teacher, name, hardware)
-        except Exception as error:
-            # Tracing runs the code of anybody's network, which may fail with anything.
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise RecipeError(
-                f"the teacher cannot take the form '{name}': {why}", hint="engine.teacher_form=plain"
-            ) from error
+    options = recipe.engine
+    name = known_form(options, teacher, data, hardware)
+    if name is None:
+        form, reason = teacher_forms.choose(
+            teacher,
+            hardware,
+            first_images(recipe, data, hardware),
+            asks=_expected_asks(recipe, data),
+            compiled=options.compile,
+            # What float32 answers lose in fp16 would change the run.
+            float32=options.teacher_memory == "off" or options.teacher_memory_precision == "fp32",
+        )
+    else:
+        remembered = options.teacher_form == "auto" and name != "plain"
+        reason = "as its remembered answers were computed" if remembered else ""
+        form = _form(teacher, name, hardware)
+    known = identity(options, teacher, data, hardware, form.name)
     memory = None
-    if identity is not None:
-        facts = {"teacher": teacher.name, "data": data.name, "form": name}
-        memory = TeacherMemory.open(identity, facts) if folder is not None else TeacherMemory(identity)
-        known = len(memory.written())
-        if known:
-            note(f"teacher memory {identity.key}: {known:,} of {identity.rows:,} answers are known")
-    return Answers(form, memory, hardware.device, note), name, reason
+    if known is not None:
+        facts = {"teacher": teacher.name, "data": data.name}
+        memory = TeacherMemory.open(known, facts) if options.teacher_memory == "disk" else TeacherMemory(known)
+        count = len(memory.written())
+        if count:
+            note(f"teacher memory {known.key}: {count:,} of {known.rows:,} answers are known")
+    return Answers(form, memory, hardware.device, note), form.name, reason
 
 
-def _identity(teacher: Teacher, data: ImageDataSet, views: Views, hardware: Hardware, stored: str) -> Identity:
+def _form(teacher: Teacher, name: str, hardware: Hardware) -> Form:
+    try:
+        return Form(teacher, name, hardware)
+    except Exception as error:
+        # Tracing runs the code of anybody's network, which may fail with anything.
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(
+            f"the teacher cannot take the form '{name}': {why}", hint="engine.teacher_form=plain"
+        ) from error
+
+
+def _identity(
+    teacher: Teacher, data: ImageDataSet, views: Views, hardware: Hardware, form: str, stored: str
+) -> Identity:
     return Identity(
         teacher=teacher.weights_hash,
         architecture=teacher.architecture,
@@ -136,13 +166,15 @@ def _identity(teacher: Teacher, data: ImageDataSet, views: Views, hardware: Hard
         samples=views.samples,
         per_sample=views.per_sample,
         computed=f"{hardware.device.type} {hardware.precision}",
+        form=form,
         stored=stored,
         width=data.num_classes,
     )
 
 
-def _expected_asks(images: int, epochs: int, views: Views | None) -> int:
-    if views is None:
+def _expected_asks(recipe: Recipe, data: ImageDataSet) -> int:
+    images, epochs, views = len(data.train), recipe.engine.epochs, data.train.views
+    if recipe.engine.teacher_memory == "off" or views is None:
         return images * epochs
     # Of V views an image has met V (1 - (1 - 1/V)^E) in E epochs.
     return round(images * views.per_sample * (1 - (1 - 1 / views.per_sample) ** epochs))
@@ -154,7 +186,3 @@ def first_images(recipe: Recipe, data: ImageDataSet, hardware: Hardware) -> Tens
         batch_size=recipe.engine.batch_size, seed=recipe.seed, epoch=0, start=0, device=hardware.device
     )
     return next(iter(batches)).images
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)

@@ -36,6 +36,7 @@ from cakd_cli.recipe.schema import Recipe
 _WITHOUT_TEACHER = {"teacher_form": "plain", "teacher_memory": "off", "teacher_memory_precision": "fp32"}
 # Settled by measuring when the run begins, and as it was then when it goes on.
 _MEASURED = ("compile", "teacher_form", "teacher_memory")
+_BEFORE = {"compile": "off", "teacher_form": "plain", "teacher_memory": "off"}
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
             task = Task(prepared.student, prepared.recipe.loss, prepared.data, prepared.hardware)
             prepared, answers = _open_answers(prepared, facts, progress)
             prepared = settle_compile(prepared, task, progress)
-        if checkpoint is None:
-            directory.write_recipe(prepared.recipe)
+        directory.write_recipe(prepared.recipe)
         try:
             with StopRequest().listening() as stop, _torch_errors(prepared.recipe):
                 trainer = Trainer(task, answers, prepared.data, prepared.recipe, directory, progress, stop)
@@ -191,7 +191,8 @@ def _as_it_was(prepared: Prepared, begun: Recipe) -> Prepared:
     """Take over what an earlier start of the run has measured, so that it goes on in the same way."""
     before, now = dict(begun.engine), dict(prepared.recipe.engine)
     open_keys = [key for key in _MEASURED if now[key] == "auto" or f"engine.{key}" in prepared.reasons]
-    known = {key: before[key] for key in open_keys if before[key] != "auto"}
+    # A version that did not know a key did what these say.
+    known = {key: before[key] if before[key] != "auto" else _BEFORE[key] for key in open_keys}
     reasons = {key: why for key, why in prepared.reasons.items() if key.removeprefix("engine.") not in known}
     return replace(prepared, reasons=reasons).settled(**known)
 
@@ -201,8 +202,8 @@ def _open_answers(prepared: Prepared, facts: dict[str, Any], progress: Progress)
     teacher, data, recipe, machine = prepared.teacher, prepared.data, prepared.recipe, prepared.hardware
     if teacher is None:
         return prepared, None
-    identity = teaching.identity(recipe.engine, teacher, data, machine)
-    shared = identity if recipe.engine.teacher_memory == "disk" else None
+    known = teaching.known_form(recipe.engine, teacher, data, machine)
+    shared = teaching.identity(recipe.engine, teacher, data, machine, known) if known else None
     # Two runs on the same data by the same teacher need one check.
     checked = shared and teacher_memory.read_check(shared, facts["data"])
     if not checked:
@@ -210,11 +211,11 @@ def _open_answers(prepared: Prepared, facts: dict[str, Any], progress: Progress)
         checked = check_teacher(teacher, data, facts["data"], machine, batch_size=size)
     images = "held-out" if data.validation else "training"
     progress.note(f"teacher {teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images")
-    answers, form, why = teaching.open_answers(recipe, identity, teacher, data, machine, progress.note)
+    answers, form, why = teaching.open_answers(recipe, teacher, data, machine, progress.note)
     if why:
         progress.note(f"engine.teacher_form: {form} ({why})")
-    if shared:
-        teacher_memory.write_check(shared, facts["data"], checked)
+    if answers.memory is not None and answers.memory.folder is not None:
+        teacher_memory.write_check(answers.memory.identity, facts["data"], checked)
     return prepared.settled(teacher_form=form), answers
 
 
@@ -242,6 +243,8 @@ def fill_memory(prepared: Prepared, progress: Progress) -> tuple[str, int]:
                 pass
             counts = answers.take_counts()
             asked += counts["asked"]
+            if answers.memory.stopped:
+                raise InputError(f"answers are not kept: {answers.memory.stopped}", hint="make room, then fill again")
             progress.note(
                 f"epoch {epoch + 1}/{recipe.engine.epochs}: {counts['asked']:,} asked about, "
                 f"{counts['remembered']:,} known"
@@ -261,12 +264,13 @@ def settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepar
             task.normalisation,
             prepared.hardware,
             images[: -(-len(images) // engine.gradient_accumulation)],
-            steps=len(data.train) // engine.batch_size * engine.epochs * engine.gradient_accumulation,
+            steps=len(data.train) // engine.batch_size * engine.epochs,
+            parts=engine.gradient_accumulation,
             wanted=engine.compile,
         )
         progress.note(f"engine.compile: {'on' if compiled else 'off'} ({why})")
     if compiled:
-        task.compile()
+        task.compile(engine.gradient_accumulation)
     return prepared.settled(compile="on" if compiled else "off")
 
 

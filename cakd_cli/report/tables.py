@@ -53,7 +53,7 @@ def show_bench(stdout: Console, report: Mapping[str, Any]) -> None:
             f"{rate['median']:,.0f}",
             f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})" if spread else "",
             f"{report['share_of_peak'][name]:.0%}" if name in report["share_of_peak"] else "",
-            decimal(report["peak_memory_bytes"][name].get("device", report["peak_memory_bytes"][name]["resident"])),
+            _peak(report["peak_memory_bytes"][name]),
         )
     stdout.print(table)
     for name, shares in report["time"].items():
@@ -63,9 +63,14 @@ def show_bench(stdout: Console, report: Mapping[str, Any]) -> None:
     stdout.print(
         f"an image: student forward {count(flops['student'])}FLOP, teacher {count(flops['teacher'])}FLOP "
         f"(2 per multiply-add); peak: {count(report['peak_flops_per_second'])}FLOP/s by a matrix product\n"
-        f"medians of {report['rounds']} rounds, least to most in brackets; data loading counts",
+        f"medians of {report['rounds']} rounds, least to most in brackets; data loading counts; plain is float32; "
+        "peak memory is the main process's, without answers on disk",
         markup=False,
     )
+
+
+def _peak(peaks: Mapping[str, int]) -> str:
+    return decimal(peaks.get("device", peaks["resident"])) if peaks else "?"
 
 
 def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:

@@ -38,6 +38,9 @@ def test_rates_ratios_and_shares(cakd, quick):
     for name in ("live", "memory_warm"):
         spread = report["ratio_spread"][name]
         assert spread["min"] <= report["ratio"][name] == spread["median"] <= spread["max"]
+        rates = report["images_per_second"]
+        assert rates[name]["min"] / rates["plain"]["max"] <= spread["min"]
+        assert spread["max"] <= rates[name]["max"] / rates["plain"]["min"]
         assert 0.5 < sum(report["time"][name].values()) <= 1.001
         assert report["share_of_peak"][name] > 0
     flops = report["flops_per_image"]

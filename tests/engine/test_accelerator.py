@@ -18,8 +18,6 @@ __all__ = ["make_trainer"]
 
 def waits(trainer: Trainer) -> int:
     """Count what torch itself calls a synchronisation in an epoch."""
-    trainer.train_epoch()
-    trainer.step, trainer.sums = 0, None
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -35,10 +33,48 @@ def test_waits_do_not_grow_with_the_steps(make_trainer):
     words = ("engine.device=cuda", "engine.log_interval=1000", "engine.ema_decay=0.9")
     few, many = make_trainer(*words), make_trainer(*words, **{"engine.batch_size": 4})
 
+    for trainer in (few, many):
+        trainer.train_epoch()
+        trainer.step, trainer.sums = 0, None
     assert few.steps_per_epoch == 9
     assert many.steps_per_epoch == 36
     # The order of the epoch goes to the device, and the means come back.
     assert waits(few) == waits(many) <= 3
+
+
+@pytest.mark.parametrize("where", ["off", "ram"])
+def test_asking_the_teacher_does_not_wait_either(make_trainer, where):
+    words = ("engine.device=cuda", "engine.log_interval=1000", f"engine.teacher_memory={where}")
+    few, many = make_trainer(*words), make_trainer(*words, **{"engine.batch_size": 4})
+    for trainer in (few, many):
+        trainer.train_epoch()
+        # Views of this epoch are not known yet.
+        trainer.epoch, trainer.step, trainer.sums = 1, 0, None
+
+    assert waits(few) == waits(many) <= 3
+
+
+def test_what_is_kept_is_what_the_teacher_says(make_trainer):
+    trainer = make_trainer("engine.device=cuda", "engine.teacher_memory=ram", "data.crop_padding=1")
+    trainer.fit()
+    answers = trainer.answers
+    batches = trainer.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=trainer.hardware.device)
+    for batch in batches:
+        kept, known = answers.memory.recall(batch.views)
+        assert known.all()
+        torch.testing.assert_close(kept, answers._ask(batch.images).cpu(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_compiled_run_learns_the_same(make_trainer, parts):
+    losses = []
+    for compiled in (False, True):
+        trainer = make_trainer("engine.device=cuda", f"engine.gradient_accumulation={parts}")
+        if compiled:
+            trainer.task.compile(parts)
+        losses.append(trainer.train_epoch()["train"]["loss"])
+
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_both_devices_see_the_same_views(make_trainer):

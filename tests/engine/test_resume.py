@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cakd_cli import files
 from cakd_cli.app import main
-from cakd_cli.engine import loop
+from cakd_cli.engine import answers, loop
 from tests.conftest import train_toy
 
 COMMAND = (
@@ -93,6 +93,58 @@ def test_killed_after_any_step(cakd, words, tmp_path, monkeypatch, moment, setti
     if moment:
         assert "resumed after" in result.err
     assert_same_run(straight, killed)
+
+
+@pytest.mark.parametrize("moment", [3, 13, 22])
+@pytest.mark.parametrize("where", ["off", "ram", "disk"])
+def test_killed_with_answers_half_known(cakd, words, tmp_path, monkeypatch, moment, where):
+    """Several windows an epoch, and a home of its own: the resumed run asks about other views together."""
+    monkeypatch.setattr(answers, "_WINDOW_IMAGES", 40)
+    settings = (f"engine.teacher_memory={where}", "data.crop_padding=1")
+    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "one"))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert cakd(*words, *settings, "--out", straight).code == 0
+
+    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "other"))
+    steps = []
+    original = loop.Trainer._set_learning_rate
+
+    def dying(self):
+        steps.append(0)
+        if len(steps) == moment + 1:
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", dying)
+    with pytest.raises(Killed):
+        cakd(*words, *settings, "--out", killed)
+    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", original)
+    result = cakd(*words, *settings, "--out", killed, "--resume")
+
+    assert result.code == 0, result.err
+    assert "resumed after" in result.err
+    assert_same_run(straight, killed)
+
+
+def test_a_run_of_a_version_without_these_keys_goes_on_as_it_began(cakd, words, tmp_path, monkeypatch):
+    def dying(self):
+        raise Killed
+
+    original = loop.Trainer._validate
+    monkeypatch.setattr(loop.Trainer, "_validate", dying)
+    with pytest.raises(Killed):
+        cakd(*words, "--out", tmp_path / "run", "engine.teacher_memory=off")
+    monkeypatch.setattr(loop.Trainer, "_validate", original)
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text().splitlines()
+    older = [line for line in recipe if "teacher_" not in line and "compile" not in line]
+    assert len(older) == len(recipe) - 5
+    (tmp_path / "run" / "recipe.yaml").write_text("\n".join(older) + "\n")
+    result = cakd(*words, "--out", tmp_path / "run", "--resume")
+
+    assert result.code == 0, result.err
+    now = (tmp_path / "run" / "recipe.yaml").read_text().replace("'", "").replace('"', "")
+    for line in ("compile: off", "teacher_form: plain", "teacher_memory: off"):
+        assert line in now
 
 
 class Disk:

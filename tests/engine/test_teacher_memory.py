@@ -33,10 +33,11 @@ IDENTITY = Identity(
     samples=20,
     per_sample=9,
     computed="cpu fp32",
+    form="plain",
     stored="fp32",
     width=5,
 )
-FACTS = {"teacher": "t", "data": "d", "form": "plain"}
+FACTS = {"teacher": "t", "data": "d"}
 EVERY = torch.arange(IDENTITY.rows)
 
 
@@ -253,13 +254,13 @@ def test_two_processes_may_create_one_memory(home, monkeypatch):
 
     def slower(path):
         monkeypatch.setattr(teacher_memory, "whole_folder", original)
-        TeacherMemory.open(IDENTITY, FACTS | {"form": "first"}).record(EVERY, truth(EVERY))
+        TeacherMemory.open(IDENTITY, FACTS | {"teacher": "first"}).record(EVERY, truth(EVERY))
         return original(path)
 
     monkeypatch.setattr(teacher_memory, "whole_folder", slower)
-    memory = TeacherMemory.open(IDENTITY, FACTS | {"form": "second"})
+    memory = TeacherMemory.open(IDENTITY, FACTS | {"teacher": "second"})
 
-    assert memory.facts["form"] == "first"
+    assert memory.facts["teacher"] == "first"
     assert memory.recall(EVERY)[1].all()
 
 
@@ -458,11 +459,17 @@ def test_fill_asks_before_the_run_does(cakd, toy_file, toy_teacher, tmp_path):
 )
 def test_the_limit_is_said_and_kept(cakd, toy_file, toy_teacher, tmp_path, words, said):
     command = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
-    result = cakd(*command, "--epochs", 1, "--batch-size", 16, "--out", tmp_path / "run", *words)
+    result = cakd(*command, "--epochs", 12, "--batch-size", 16, "--out", tmp_path / "run", *words)
 
     assert result.code == 0
     assert teacher_memory.folders() == []
-    assert said is None or said in result.err
+    asked, remembered = asked_in(tmp_path / "run")
+    if said is None:
+        assert asked + remembered == 12 * 9 * 16
+        assert remembered > 200
+    else:
+        assert said in result.err
+        assert remembered == 0
 
 
 def test_too_little_room_on_the_disk_is_said(cakd, toy_file, toy_teacher, tmp_path, monkeypatch):
@@ -494,3 +501,46 @@ def test_a_full_memory_needs_no_more_room(cakd, toy_file, toy_teacher, tmp_path,
     assert cakd(*command, "--out", tmp_path / "two").code == 0
     assert used >= 160 * 4 * 2
     assert asked_in(tmp_path / "two") == [0, 3 * 9 * 16]
+
+
+def test_a_home_that_cannot_be_written_keeps_answers_in_ram(cakd, toy_file, toy_teacher, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "file" / "home"))
+    command = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
+    result = cakd(*command, "--epochs", 1, "--batch-size", 16, "--out", tmp_path / "run")
+
+    assert result.code == 0, result.err
+    assert f"engine.teacher_memory: ram (nothing can be kept on disk: {tmp_path / 'file'}" in result.err
+
+
+def test_fill_that_keeps_nothing_is_an_error(cakd, toy_file, toy_teacher, monkeypatch):
+    def full(file, content, place):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    words = ("--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8", "engine.batch_size=16")
+    result = cakd("teacher-memory", "fill", *words)
+
+    assert result.code == 4
+    assert "answers are not kept" in result.err
+    assert "No space left on device" in result.err
+
+
+def test_each_form_has_a_memory_of_its_own(cakd, toy_file, toy_teacher, tmp_path):
+    """Whoever names a form never reads the answers of another."""
+    command = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
+    command = (*command, "--epochs", 1, "--batch-size", 16)
+    for name in ("plain", "folded"):
+        assert cakd(*command, "--out", tmp_path / name, f"engine.teacher_form={name}").code == 0
+        assert asked_in(tmp_path / name) == [9 * 16, 0]
+    assert len(teacher_memory.folders()) == 2
+
+
+def test_pruning_leaves_what_is_being_created(cakd, filled):
+    young, old = (teacher_memory.root() / f".{name}.tmp" for name in ("young", "old"))
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (1, 1))
+
+    assert cakd("teacher-memory", "prune", "--all").code == 0
+    assert [path.name for path in teacher_memory.root().iterdir()] == [young.name]
