@@ -1,6 +1,7 @@
 """Whether compiling the student's step pays in this run, by trying it on a copy."""
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,14 +17,20 @@ WORTH_TRYING_SECONDS = 600.0
 _ROUNDS = 3
 
 
-def mode(device: torch.device, parts: int) -> str:
-    """Choose how to compile: nets of this size wait for kernels to be launched, which a CUDA graph does at once.
+def compiled(network: nn.Module, device: torch.device, *, parts: int = 1) -> Callable[[Tensor], Tensor]:
+    """Compile a network; the compiler itself begins with the first images, and the network stays as it is.
+
+    Nets of this size wait for kernels to be launched, which a CUDA graph does for all of them at once.
 
     Args:
+        network: On the device.
         device: The run's.
         parts: Into which a batch is cut; gradients of more than one pile up, which a graph's memory does not allow.
     """
-    return "reduce-overhead" if device.type == "cuda" and parts == 1 else "default"
+    # It warns on machines without a GPU that they have none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    mode = "reduce-overhead" if device.type == "cuda" and parts == 1 else "default"
+    return torch.compile(network, mode=mode)
 
 
 def choose(
@@ -60,11 +67,11 @@ def choose(
         if wanted == "auto" and eager * steps * parts < WORTH_TRYING_SECONDS:
             return False, f"about {eager * steps * parts:.0f} s of steps would not pay for it"
         try:
-            compiled = torch.compile(network, mode=mode(hardware.device, parts))
+            faster = compiled(network, hardware.device, parts=parts)
             started = time.perf_counter()
-            _seconds(compiled, normalise(images), hardware)
+            _seconds(faster, normalise(images), hardware)
             spent = time.perf_counter() - started
-            fast = min(_seconds(compiled, normalise(images), hardware) for _ in range(_ROUNDS))
+            fast = min(_seconds(faster, normalise(images), hardware) for _ in range(_ROUNDS))
         except Exception as error:
             # A compiler is a world of its own, and may fail with anything.
             why = (str(error) or type(error).__name__).splitlines()[0]

@@ -5,7 +5,6 @@ Shape suffixes: B batch, C classes.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from cakd_cli.data import ImageDataSet
@@ -36,7 +35,7 @@ class Task:
 
     def compile(self, parts: int) -> None:
         """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
-        self._forward = torch.compile(self.student, mode=compiling.mode(self.hardware.device, parts))
+        self._forward = compiling.compiled(self.student, self.hardware.device, parts=parts)
 
     def loss(
         self, images: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, epoch: int

@@ -63,7 +63,7 @@ def show_bench(stdout: Console, report: Mapping[str, Any]) -> None:
     stdout.print(
         f"an image: student forward {count(flops['student'])}FLOP, teacher {count(flops['teacher'])}FLOP "
         f"(2 per multiply-add); peak: {count(report['peak_flops_per_second'])}FLOP/s by a matrix product\n"
-        f"medians of {report['rounds']} rounds, least to most in brackets; data loading counts; plain is float32; "
+        f"medians of {report['rounds']} rounds, least to most in brackets; data loading counts; plain is float32\n"
         "peak memory is the main process's, without answers on disk",
         markup=False,
     )
