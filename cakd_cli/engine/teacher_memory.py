@@ -121,7 +121,7 @@ class TeacherMemory:
         self._files: list[int] = []
         if folder is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # takes room as it is written
-            self._answers, self._checksums = (mmap.mmap(-1, size, flags=flags) for size in self._sizes)
+            self._maps = [mmap.mmap(-1, size, flags=flags) for size in self._sizes]
             return
         self.facts = read_facts(folder)
         if self.facts["identity"] != identity.document():
@@ -129,10 +129,6 @@ class TeacherMemory:
         try:
             self._open_files(folder)
             self._check_sizes()
-            self._answers, self._checksums = (
-                mmap.mmap(file, size, access=mmap.ACCESS_READ)
-                for file, size in zip(self._files, self._sizes, strict=False)
-            )
         except FileNotFoundError as error:
             self._close_files()
             raise _damaged(folder, f"{Path(error.filename).name} is missing") from error
@@ -234,8 +230,13 @@ class TeacherMemory:
 
     def written(self) -> Tensor:
         """Name the views whose answers have been written, int64."""
-        checksums = torch.frombuffer(bytearray(self._checksums[:]), dtype=torch.int32)
-        return checksums.nonzero().squeeze(1)
+        step = 1 << 24
+        found = []
+        for place in range(0, self._sizes[1], step):
+            checksums = self._read(1, place, min(step, self._sizes[1] - place))
+            views = torch.frombuffer(bytearray(checksums), dtype=torch.int32).nonzero().squeeze(1)
+            found.append(views + place // _CHECKSUM_BYTES)
+        return torch.cat(found)
 
     def verify(self) -> tuple[int, int]:
         """Read every row that has been written.
@@ -248,26 +249,32 @@ class TeacherMemory:
 
     def close(self) -> None:
         """Give the files free."""
-        self._answers.close()
-        self._checksums.close()
         self._close_files()
 
     def _checksum(self, view: int) -> int:
-        place = view * _CHECKSUM_BYTES
-        return int.from_bytes(self._checksums[place : place + _CHECKSUM_BYTES], "little")
+        return int.from_bytes(self._read(1, view * _CHECKSUM_BYTES, _CHECKSUM_BYTES), "little")
 
     def _row(self, view: int) -> bytes | None:
         expected = self._checksum(view)
         if not expected:
             return None
         size = self.identity.row_bytes
-        row = self._answers[view * size : (view + 1) * size]
+        row = self._read(0, view * size, size)
         return row if _crc(view, row) == expected else None
+
+    # Files are not mapped: a full disk, or one that is gone, would be a signal that ends the process.
+
+    def _read(self, part: int, place: int, size: int) -> bytes:
+        if self.folder is None:
+            return self._maps[part][place : place + size]
+        content = os.pread(self._files[part], size, place)
+        if len(content) != size:
+            raise _damaged(self.folder, "a file has been cut")
+        return content
 
     def _write(self, part: int, place: int, content: bytes) -> None:
         if self.folder is None:
-            (self._answers, self._checksums)[part][place : place + len(content)] = content
-        # Not through the map, where a full disk is a signal that ends the process.
+            self._maps[part][place : place + len(content)] = content
         elif os.pwrite(self._files[part], content, place) != len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
