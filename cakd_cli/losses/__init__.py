@@ -8,38 +8,127 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from cakd_cli.losses.base import LossOutput, LossTerm
+from cakd_cli.losses.base import LossOutput, LossTerm, pearson, standardise
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
-from cakd_cli.losses.decoupled import DKDTerm, dkd
+from cakd_cli.losses.correlation_matching import CMKDTerm, cmkd, sample_difficulty
+from cakd_cli.losses.curriculum import ctkd
+from cakd_cli.losses.decoupled import DKDTerm, dkd, dkd_mod
 from cakd_cli.losses.decoupling import Decoupling, decouple
-from cakd_cli.losses.knowledge_distillation import KDTerm, kd
+from cakd_cli.losses.generalized import (
+    GDKD3Term,
+    GDKDAutoKTerm,
+    GDKDAutoWTerm,
+    GDKDTerm,
+    gdkd,
+    gdkd3,
+    gdkd_auto_k,
+    gdkd_auto_w,
+    ls_gdkd,
+)
+from cakd_cli.losses.knowledge_distillation import (
+    JensenShannonTerm,
+    KDTerm,
+    LogitMSETerm,
+    ReverseKLTerm,
+    jensen_shannon,
+    kd,
+    logit_mse,
+    reverse_kl,
+)
+from cakd_cli.losses.multi_level import (
+    MLKDTerm,
+    mlkd_batch_correlation,
+    mlkd_class_correlation,
+    mlkd_instance_kd,
+    mlkd_single_view,
+    mlkd_step,
+)
+from cakd_cli.losses.normalized import NKDTerm, nkd
+from cakd_cli.losses.ranks import hard_rank, hard_spearman, soft_rank, soft_spearman
+from cakd_cli.losses.relational import DISTTerm, dist
+from cakd_cli.losses.standardisation import lskd_dkd, lskd_kd
 from cakd_cli.losses.supervised import CrossEntropyTerm, cross_entropy
 
-LossOptions = Annotated[CrossEntropyTerm | KDTerm | DKDTerm | CAKDTerm, Field(discriminator="type")]
+LossOptions = Annotated[
+    CrossEntropyTerm
+    | KDTerm
+    | ReverseKLTerm
+    | JensenShannonTerm
+    | LogitMSETerm
+    | DKDTerm
+    | CAKDTerm
+    | GDKDTerm
+    | GDKD3Term
+    | GDKDAutoKTerm
+    | GDKDAutoWTerm
+    | CMKDTerm
+    | DISTTerm
+    | NKDTerm
+    | MLKDTerm,
+    Field(discriminator="type"),
+]
 
 # The union is the registry.
 TERMS: tuple[type[LossTerm], ...] = get_args(get_args(LossOptions)[0])
 
 
 def objectives() -> dict[str, Sequence[Mapping[str, Any]]]:
-    """Whole training objective of each method, as published: what ``--loss NAME`` stands for."""
-    return {term.model_fields["type"].default: term.objective for term in TERMS}
+    """Whole training objectives by method, as published: what ``--loss NAME`` stands for."""
+    return {name: entries for term in TERMS for name, entries in term.objectives.items()}
 
 
 __all__ = [
     "TERMS",
     "CAKDTerm",
+    "CMKDTerm",
     "CrossEntropyTerm",
+    "DISTTerm",
     "DKDTerm",
     "Decoupling",
+    "GDKD3Term",
+    "GDKDAutoKTerm",
+    "GDKDAutoWTerm",
+    "GDKDTerm",
+    "JensenShannonTerm",
     "KDTerm",
+    "LogitMSETerm",
     "LossOptions",
     "LossOutput",
     "LossTerm",
+    "MLKDTerm",
+    "NKDTerm",
+    "ReverseKLTerm",
     "cakd",
+    "cmkd",
     "cross_entropy",
+    "ctkd",
     "decouple",
+    "dist",
     "dkd",
+    "dkd_mod",
+    "gdkd",
+    "gdkd3",
+    "gdkd_auto_k",
+    "gdkd_auto_w",
+    "hard_rank",
+    "hard_spearman",
+    "jensen_shannon",
     "kd",
+    "logit_mse",
+    "ls_gdkd",
+    "lskd_dkd",
+    "lskd_kd",
+    "mlkd_batch_correlation",
+    "mlkd_class_correlation",
+    "mlkd_instance_kd",
+    "mlkd_single_view",
+    "mlkd_step",
+    "nkd",
     "objectives",
+    "pearson",
+    "reverse_kl",
+    "sample_difficulty",
+    "soft_rank",
+    "soft_spearman",
+    "standardise",
 ]

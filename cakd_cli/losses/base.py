@@ -13,6 +13,9 @@ from torch import Tensor
 
 # Differences of two logits and their batch sums stay finite in float32 up to here.
 LARGEST_SOFTENED_LOGIT = 1e30
+STANDARDISING_EPSILON = 1e-7
+# Names of whole training objectives, and each as raw recipe entries.
+Objectives = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,11 @@ class LossTerm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     needs_teacher: ClassVar[bool] = True
-    # The method's whole training objective as published, as raw recipe entries.
-    objective: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    paper: ClassVar[str] = ""
+    # Of the unweighted term.
+    formula: ClassVar[str]
+    # What ``--loss NAME`` stands for, by name: whole training objectives as published, as raw recipe entries.
+    objectives: ClassVar[Objectives]
 
     weight: float = Field(1.0, ge=0, description="factor on this term")
     warmup_epochs: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
@@ -50,11 +56,15 @@ class LossTerm(BaseModel):
 class TeacherTerm(LossTerm):
     """A term that compares the student with a teacher."""
 
-    temperature: float = Field(4.0, gt=0, le=1000, description="softening of both networks' logits")
+    standardise: bool = Field(
+        False, description="z-score both networks' logits over the classes first (LSKD, arXiv 2403.01427)"
+    )
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
         assert teacher_BC is not None, "the recipe schema refuses a distillation term without a teacher"
+        if self.standardise:
+            student_BC, teacher_BC = standardise(student_BC), standardise(teacher_BC)
         return self.compare(student_BC, teacher_BC, target_B)
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
@@ -62,7 +72,13 @@ class TeacherTerm(LossTerm):
         raise NotImplementedError
 
 
-def soften(logits_BC: Tensor, temperature: float) -> Tensor:
+class SoftenedTerm(TeacherTerm):
+    """A term on softened logits."""
+
+    temperature: float = Field(4.0, gt=0, le=1000, description="softening of both networks' logits")
+
+
+def soften(logits_BC: Tensor, temperature: float | Tensor) -> Tensor:
     """Divide logits by a temperature, in float32 at least.
 
     Logits beyond 1e30 times the temperature are held there, with gradient 0: differences of any two
@@ -72,6 +88,32 @@ def soften(logits_BC: Tensor, temperature: float) -> Tensor:
     precise_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
     held_BC = (precise_BC / temperature).clamp(-LARGEST_SOFTENED_LOGIT, LARGEST_SOFTENED_LOGIT)
     return torch.where(precise_BC.isfinite(), held_BC, torch.nan)
+
+
+def standardise(logits_BC: Tensor) -> Tensor:
+    """Z-score logits over the classes: (z - mean) / (std + 1e-7), in float32 at least (LSKD, arXiv 2403.01427 eq. 8).
+
+    The deviation is the unbiased one, and gradients flow through mean and deviation. Logits that are all equal
+    become 0. With two classes the result is +-0.707 whatever the logits were.
+    """
+    logits_BC = soften(logits_BC, 1.0)
+    # Squares of large logits would overflow: the size cancels.
+    size_B1 = logits_BC.detach().abs().amax(1, keepdim=True).clamp(min=1)
+    small_BC = logits_BC / size_B1
+    deviation_B1 = small_BC.std(1, keepdim=True) + STANDARDISING_EPSILON / size_B1
+    return (small_BC - small_BC.mean(1, keepdim=True)) / deviation_B1
+
+
+def pearson(a_BN: Tensor, b_BN: Tensor) -> Tensor:
+    """Pearson correlation of each row, in [-1, 1]; 0 for a row that is constant.
+
+    As published with DIST, 1e-8 is added to the product of the norms, so the values must not be tiny.
+    """
+    a_BN = a_BN - a_BN.mean(1, keepdim=True)
+    b_BN = b_BN - b_BN.mean(1, keepdim=True)
+    product_B = (a_BN * b_BN).sum(1)
+    norms_B: Tensor = torch.linalg.vector_norm(a_BN, dim=1) * torch.linalg.vector_norm(b_BN, dim=1)
+    return product_B / (norms_B + 1e-8)
 
 
 def check_pair(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> None:

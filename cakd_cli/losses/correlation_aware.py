@@ -3,13 +3,13 @@
 Shape suffixes: B batch, C classes (or any softmaxed elements).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, TeacherTerm, check_pair
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair
 from cakd_cli.losses.decoupling import decouple
 from cakd_cli.losses.grouping import Grouping, LabelGrouping
 
@@ -62,12 +62,16 @@ def cakd(
     return LossOutput(bcd + alpha * weighted_scd + beta * weighted_wcd, {"bcd": bcd, "scd": scd, "wcd": wcd})
 
 
-class CAKDTerm(TeacherTerm):
-    """Strong against weak classes, inside the strong, inside the weak (arXiv 2410.14741)."""
+class CAKDTerm(SoftenedTerm):
+    """Strong against weak classes, inside the strong, inside the weak."""
 
+    paper = "arXiv 2410.14741; alpha, beta and the reading of the weights are inferred"
+    formula = "T^2 mean [KL(b) + alpha KL(strong) + beta KL(weak)],  b = masses of strong and weak"
     # The published text gives the form (cross-entropy 1, 20 of 240 epochs of warm-up, temperature 4) but neither
     # alpha nor beta; 1 and 8 are DKD's for ResNet32x4 -> ResNet8x4, whose loss this is for S = {label}.
-    objective = ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"})
+    objectives: ClassVar[Objectives] = {
+        name: ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"}) for name in ("cakd", "cakd-logits")
+    }
 
     type: Literal["cakd"] = "cakd"
     alpha: float = Field(1.0, ge=0, description="weight of scd, inside the strong classes")

@@ -3,14 +3,14 @@
 Shape suffixes: B batch, C classes.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.losses import grouping
-from cakd_cli.losses.base import LossOutput, TeacherTerm, check_pair
-from cakd_cli.losses.decoupling import decouple
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair
+from cakd_cli.losses.decoupling import KLType, decouple
 
 
 def dkd(
@@ -34,24 +34,70 @@ def dkd(
     Raises:
         ValueError: If shapes do not fit or the temperature is not positive.
     """
+    return dkd_mod(student_BC, teacher_BC, target_B, temperature=temperature, alpha=alpha, beta=beta)
+
+
+def dkd_mod(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    target_B: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    strategy: Literal["target", "top1"] = "target",
+    kl_type: KLType = "forward",
+) -> LossOutput:
+    """DKD around another class, or with another divergence inside the rest (DKDMod of the GDKD repository).
+
+    Args:
+        student_BC: As of :func:`dkd`; so are the parts, results and errors.
+        teacher_BC: Likewise.
+        target_B: Likewise; not used by ``top1``.
+        temperature: Likewise.
+        alpha: Likewise.
+        beta: Likewise.
+        strategy: The class that stands against the rest: the label, or the teacher's largest logit.
+        kl_type: Of ``nckd``: forward KL(teacher || student), reverse, or the mean of both.
+    """
     check_pair(student_BC, teacher_BC, temperature)
-    rest_BC = (~grouping.label(teacher_BC, target_B)).long()
-    parts = decouple(student_BC, teacher_BC, rest_BC, num_groups=2, temperature=temperature)
+    if strategy == "target":
+        alone_BC = grouping.label(teacher_BC, target_B)
+    elif strategy == "top1":
+        alone_BC = grouping.top_k(teacher_BC, 1)
+    else:
+        raise ValueError(f"strategy must be target or top1, got {strategy!r}")
+    parts = decouple(student_BC, teacher_BC, (~alone_BC).long(), num_groups=2, temperature=temperature, kl_type=kl_type)
     tckd = temperature**2 * parts.between_B.mean()
     nckd = temperature**2 * parts.within_BK[:, 1].mean()
     return LossOutput(alpha * tckd + beta * nckd, {"tckd": tckd, "nckd": nckd})
 
 
-class DKDTerm(TeacherTerm):
-    """Label against the rest, and the rest by itself, weighted freely (arXiv 2203.08679)."""
+class DKDTerm(SoftenedTerm):
+    """Label against the rest, and the rest by itself, weighted freely."""
 
+    paper = "Zhao et al. 2022, arXiv 2203.08679"
+    formula = "alpha T^2 mean KL(b) + beta T^2 mean KL(rest),  b = (p_label, 1 - p_label)"
     # beta is 8 for ResNet32x4 -> ResNet8x4; 2 to 8 over the paper's CIFAR-100 pairs. 20 of 240 epochs of warm-up.
-    objective = ({"type": "cross-entropy"}, {"type": "dkd", "warmup_epochs": "auto"})
+    objectives: ClassVar[Objectives] = {"dkd": ({"type": "cross-entropy"}, {"type": "dkd", "warmup_epochs": "auto"})}
 
     type: Literal["dkd"] = "dkd"
     alpha: float = Field(1.0, ge=0, description="weight of tckd, label against the rest")
     beta: float = Field(8.0, ge=0, description="weight of nckd, inside the rest")
+    strategy: Literal["target", "top1"] = Field(
+        "target", description="the class against the rest: the label, or the teacher's largest logit"
+    )
+    kl_type: KLType = Field("forward", description="direction of the KL inside the rest")
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
-        return dkd(student_BC, teacher_BC, target_B, temperature=self.temperature, alpha=self.alpha, beta=self.beta)
+        return dkd_mod(
+            student_BC,
+            teacher_BC,
+            target_B,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            beta=self.beta,
+            strategy=self.strategy,
+            kl_type=self.kl_type,
+        )

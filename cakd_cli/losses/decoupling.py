@@ -11,11 +11,14 @@ Shape suffixes: B batch, C classes, K groups.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cakd_cli.losses.base import check_pair, soften
+
+KLType = Literal["forward", "reverse", "both"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Decoupling:
 
     Attributes:
         between_B: KL of the group masses.
-        within_BK: KL inside each group; 0 for a group that is empty or holds one class.
+        within_BK: KL inside each group, in the direction asked for; 0 for a group that is empty or holds one class.
         teacher_mass_BK: Teacher's probability of each group; no gradient; 0 for an empty group.
     """
 
@@ -34,12 +37,18 @@ class Decoupling:
 
     @property
     def kl_B(self) -> Tensor:  # noqa: N802
-        """KL(teacher || student) of each sample, by the theorem."""
+        """KL(teacher || student) of each sample, by the theorem; needs the forward KL inside the groups."""
         return self.between_B + (self.teacher_mass_BK * self.within_BK).sum(1)
 
 
 def decouple(
-    student_BC: Tensor, teacher_BC: Tensor, group_BC: Tensor, *, num_groups: int, temperature: float = 1.0
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    group_BC: Tensor,
+    *,
+    num_groups: int,
+    temperature: float = 1.0,
+    kl_type: KLType = "forward",
 ) -> Decoupling:
     """Split KL(teacher || student) into the KL of group masses and the KL inside each group.
 
@@ -52,6 +61,8 @@ def decouple(
         group_BC: Group of each class in each sample, integers in [0, num_groups).
         num_groups: Number of groups, >= 1; some may be empty.
         temperature: Softening of both networks, > 0.
+        kl_type: Inside the groups, ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher),
+            ``both`` their mean. Between the groups it is always forward.
 
     Returns:
         The parts of each sample.
@@ -67,6 +78,8 @@ def decouple(
         )
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if kl_type not in get_args(KLType):
+        raise ValueError(f"kl_type must be one of {', '.join(get_args(KLType))}, got {kl_type!r}")
 
     group_K = torch.arange(num_groups, device=group_BC.device)
     member_BKC = group_BC.unsqueeze(1) == group_K.view(1, -1, 1)
@@ -77,7 +90,13 @@ def decouple(
     mass_BK = teacher_mass_BK.exp()
     # An empty group has log mass -inf in both networks, and -inf minus -inf is not a number.
     mass_gap_BK = torch.where(filled_BK, teacher_mass_BK - student_mass_BK, 0)
-    inside_BC = teacher_inside_BC.exp() * (teacher_inside_BC - student_inside_BC)
+    gap_BC = teacher_inside_BC - student_inside_BC
+    if kl_type == "forward":
+        inside_BC = teacher_inside_BC.exp() * gap_BC
+    elif kl_type == "reverse":
+        inside_BC = student_inside_BC.exp() * -gap_BC
+    else:
+        inside_BC = (teacher_inside_BC.exp() - student_inside_BC.exp()) * gap_BC / 2
     return Decoupling(
         between_B=(mass_BK * mass_gap_BK).sum(1),
         within_BK=torch.where(member_BKC, inside_BC.unsqueeze(1), 0).sum(2),

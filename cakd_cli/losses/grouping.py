@@ -38,6 +38,36 @@ def top_k(teacher_BC: Tensor, k: int) -> Tensor:
     return torch.zeros_like(teacher_BC, dtype=torch.bool).scatter_(1, chosen_BK, True)
 
 
+def auto_k(
+    teacher_BC: Tensor, *, ratio_threshold: float = 2.0, topk_cap: int = 100, temperature: float = 1.0
+) -> Tensor:
+    """Count the classes that stand out in each sample (GDKDAutok of the GDKD repository): int64, (batch,).
+
+    With the teacher's softened probabilities in ascending order, ratio_j = p_j / mean(p_1..p_j). The classes from the
+    first ratio that reaches the threshold upwards stand out, at most ``topk_cap`` of them, and one where none
+    does. The official code holds for 100 classes only; this is its rule for any number.
+
+    Raises:
+        ValueError: If ``topk_cap`` < 1.
+    """
+    if topk_cap < 1:
+        raise ValueError(f"topk_cap must be at least 1, got {topk_cap}")
+    num_classes = teacher_BC.shape[1]
+    ascending_BC = soften(teacher_BC, temperature).softmax(1).sort(dim=1).values
+    count_C = torch.arange(1, num_classes + 1, device=teacher_BC.device)
+    above_BC = ascending_BC * count_C >= ratio_threshold * ascending_BC.cumsum(1)
+    # argmax finds the first of several equal values.
+    k_B = num_classes - above_BC.int().argmax(1)
+    return torch.where(above_BC.any(1), k_B.clamp(max=topk_cap), 1)
+
+
+def ranked_below(teacher_BC: Tensor, k_B: Tensor) -> Tensor:
+    """Strong are the classes with the teacher's k largest logits, with a k of each sample's own."""
+    order_BC = teacher_BC.argsort(dim=1, descending=True)
+    classes_C = torch.arange(teacher_BC.shape[1], device=teacher_BC.device)
+    return torch.zeros_like(teacher_BC, dtype=torch.bool).scatter_(1, order_BC, classes_C < k_B.unsqueeze(1))
+
+
 def top_mass(teacher_BC: Tensor, mass: float, *, temperature: float = 1.0) -> Tensor:
     """Strong is the smallest set of classes whose teacher probability, softened, is at least ``mass``.
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from cakd_cli.losses.base import LossOutput, LossTerm, check_target, soften
+from cakd_cli.losses.base import LossOutput, LossTerm, Objectives, check_target, soften
 
 
 def cross_entropy(student_BC: Tensor, target_B: Tensor, *, label_smoothing: float = 0.0) -> LossOutput:
@@ -37,7 +37,8 @@ class CrossEntropyTerm(LossTerm):
     """Labels alone: the student learns without a teacher."""
 
     needs_teacher: ClassVar[bool] = False
-    objective = ({"type": "cross-entropy"},)
+    formula = "mean -log p_student[label]"
+    objectives: ClassVar[Objectives] = {"cross-entropy": ({"type": "cross-entropy"},)}
 
     type: Literal["cross-entropy"] = "cross-entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")

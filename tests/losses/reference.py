@@ -29,14 +29,28 @@ def mask(case: dict[str, Any]) -> torch.Tensor:
 
 
 def assert_matches(
-    case: dict[str, Any], total: torch.Tensor, parts: dict[str, torch.Tensor], student: torch.Tensor
+    case: dict[str, Any],
+    total: torch.Tensor,
+    parts: dict[str, torch.Tensor],
+    student: torch.Tensor,
+    *,
+    relative: float | None = None,
 ) -> None:
     """Hold values and the gradient of the total to the reference: 1e-9 relative in float64, 1e-5 in float32."""
-    relative = 1e-9 if student.dtype == torch.float64 else 1e-5
+    relative = relative or _tolerance(student)
     for name, expected in case["components"].items():
         assert abs(parts[name].item() - expected) <= relative * max(abs(expected), 1e-3), name
     assert abs(total.item() - case["total"]) <= relative * max(abs(case["total"]), 1e-3)
-    (gradient,) = torch.autograd.grad(total, student)
-    expected_gradient = TENSORS[case["grad_student"]]
-    largest = max(expected_gradient.abs().max().item(), 1e-3)
-    assert (gradient.double() - expected_gradient).abs().max().item() <= relative * largest
+    assert_gradient(case["grad_student"], total, student, relative=relative)
+
+
+def assert_gradient(name: str, total: torch.Tensor, student: torch.Tensor, *, relative: float | None = None) -> None:
+    """Hold the gradient of the total to the tensor of this name."""
+    (gradient,) = torch.autograd.grad(total, student, retain_graph=True)
+    expected = TENSORS[name]
+    largest = max(expected.abs().max().item(), 1e-3)
+    assert (gradient.double() - expected).abs().max().item() <= (relative or _tolerance(student)) * largest
+
+
+def _tolerance(student: torch.Tensor) -> float:
+    return 1e-9 if student.dtype == torch.float64 else 1e-5
