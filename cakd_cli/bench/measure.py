@@ -29,7 +29,6 @@ from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
-from cakd_cli.engine.task import Task
 from cakd_cli.engine.teacher_forms import Form
 from cakd_cli.engine.teacher_memory import TeacherMemory
 from cakd_cli.engine.training import Prepared
@@ -71,17 +70,19 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     """
     if not recipe.needs_teacher:
         raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
+    if plain and any(term.layer_names for term in recipe.loss):
+        raise RecipeError("the plain loop compares logits alone, and the loss has features", hint="loss=cakd-logits")
     prepared = training.prepare(recipe)
     prepared.hardware.keep_freed_memory()
     with _scratch() as directory:
         # The plain loop's networks are copied before the engine lays them out.
         ways = {"plain": _plain(prepared)} if plain else {}
-        prepared, task = _settled(prepared, progress)
-        ways["live"] = _engine(prepared, task, _answers(prepared, warm=False), directory, progress)
+        prepared = _settled(prepared, progress)
+        ways["live"] = _engine(prepared, _answers(prepared, warm=False), directory, progress)
         if prepared.data.train.views is None:
             progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
         else:
-            ways["memory_warm"] = _engine(prepared, task, _answers(prepared, warm=True), directory, progress)
+            ways["memory_warm"] = _engine(prepared, _answers(prepared, warm=True), directory, progress)
         seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(prepared.data.train), progress)
     batch = recipe.engine.batch_size
     rates = {name: [steps[name] * batch / value for value in values] for name, values in seconds.items()}
@@ -127,14 +128,13 @@ def _scratch() -> Iterator[RunDirectory]:
             directory.close()
 
 
-def _settled(prepared: Prepared, progress: Progress) -> tuple[Prepared, Task]:
+def _settled(prepared: Prepared, progress: Progress) -> Prepared:
     """Settle what a run settles by measuring."""
     assert prepared.teacher is not None
-    task = Task(prepared.student, prepared.recipe.loss, prepared.data, prepared.hardware)
     recipe = prepared.settled(teacher_memory="off").recipe
     _, form, why = teaching.open_answers(recipe, prepared.teacher, prepared.data, prepared.hardware, progress.note)
     progress.note(f"engine.teacher_form: {form}" + (f" ({why})" if why else ""))
-    return training.settle_compile(prepared.settled(teacher_form=form), task, progress), task
+    return training.settle_compile(prepared.settled(teacher_form=form), progress)
 
 
 def _answers(prepared: Prepared, *, warm: bool, made_up: bool = False) -> Answers:
@@ -149,17 +149,17 @@ def _answers(prepared: Prepared, *, warm: bool, made_up: bool = False) -> Answer
         memory = TeacherMemory(identity)
 
     def anything(images: Tensor) -> Tensor:
-        return images.new_zeros((len(images), data.num_classes), dtype=torch.float32)
+        return images.new_zeros((len(images), sum(teacher.sizes)), dtype=torch.float32)
 
     ask = anything if made_up else Form(teacher, recipe.engine.teacher_form, machine)
     return Answers(ask, memory, machine.device, _Silent().note)
 
 
-def _engine(prepared: Prepared, task: Task, answers: Answers, directory: RunDirectory, progress: Progress) -> _Way:
+def _engine(prepared: Prepared, answers: Answers, directory: RunDirectory, progress: Progress) -> _Way:
     data, batch_size = prepared.data, prepared.recipe.engine.batch_size
     # Nothing is saved, however long it takes.
     recipe = prepared.settled(checkpoint_seconds=1e9).recipe
-    trainer = Trainer(task, answers, data, recipe, directory, progress, StopRequest())
+    trainer = Trainer(prepared.task, answers, data, recipe, directory, progress, StopRequest())
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     some_images = functools.cache(lambda steps: data.train.subset(order[: steps * batch_size]))
     latest: dict[str, float] = {}
@@ -287,11 +287,10 @@ def _peak(recipe: Recipe, name: str, threads: int) -> dict[str, int]:
         if name == "plain":
             way = _plain(prepared)
         else:
-            task = Task(prepared.student, recipe.loss, prepared.data, machine)
             if recipe.engine.compile == "on":
-                task.compile(recipe.engine.gradient_accumulation)
+                prepared.task.compile(recipe.engine.gradient_accumulation)
             warm = name == "memory_warm"
-            way = _engine(prepared, task, _answers(prepared, warm=warm, made_up=warm), directory, _Silent())
+            way = _engine(prepared, _answers(prepared, warm=warm, made_up=warm), directory, _Silent())
         way.run(min(_MEMORY_STEPS, len(prepared.data.train) // recipe.engine.batch_size))
     peaks = {"resident": _peak_resident_bytes()}
     if machine.device.type == "cuda":

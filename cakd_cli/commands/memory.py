@@ -109,7 +109,7 @@ def fill(words: list[str], flags: Mapping[str, Any], *, console: Console) -> Non
     Raises:
         CakdError: If the recipe cannot be run, or keeps no memory on disk.
     """
-    recipe = resolve(words, flags, defaults={"loss": "kd"})
+    recipe = resolve(words, flags, defaults={"loss": "cakd"})
     if not recipe.needs_teacher:
         raise RecipeError("no term of the loss needs a teacher", hint="give the --loss of the runs to come")
     prepared = training.prepare(recipe)

@@ -54,7 +54,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self.hardware = task.hardware
-        self.parameters = list(task.student.parameters())
+        self.parameters = [*task.student.parameters(), *task.learners.parameters()]
         self.optimizer = make_optimizer(recipe.optimizer, self.parameters)
         self.average = Average(task.student, recipe.engine.ema_decay) if recipe.engine.ema_decay else None
         self.guard = Guard(self.optimizer, self.hardware.device)
@@ -63,8 +63,10 @@ class Trainer:
         self.step = 0  # steps completed in the epoch under way
         self.part_names: list[str] = []
         self.sums: Tensor | None = None
+        self.pulls: list[float] = []  # of each term at the logits, in the epoch's first batch
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] = {}
+        self._balance_said = False
         self._saved_at = time.monotonic()
 
     @property
@@ -119,11 +121,15 @@ class Trainer:
                 means = self._means()
                 seconds = time.perf_counter() - started
                 images_per_second = (self.step - first_step) * engine.batch_size / seconds
+                self._say_imbalance()
                 self.progress.step(epoch=self.epoch, step=self.step, images_per_second=images_per_second, parts=means)
                 self._save_if_due()
             if self.step < self.steps_per_epoch:
                 self._stop_if_asked()
         means = self._means()
+        self._say_imbalance()
+        weights = self.task.weights.varying(self.epoch + 1)
+        self.task.end_epoch(means)
         seconds = time.perf_counter() - started
         return {
             "epoch": self.epoch + 1,
@@ -133,6 +139,8 @@ class Trainer:
             "images_per_second": round((self.step - first_step) * engine.batch_size / seconds, 1),
             "time": {part: round(share, 4) for part, share in watch.shares(seconds).items()},
             **({} if self.answers is None else {"teacher": self.answers.take_counts()}),
+            **({"weights": weights} if weights else {}),
+            **({"pull": self.task.balance(self.pulls)} if len(self.pulls) > 1 else {}),
             "train": means,
         }
 
@@ -173,17 +181,25 @@ class Trainer:
     def _means(self) -> dict[str, float]:
         """Mean of each part over the epoch so far. The one place where the host waits for the device."""
         assert self.sums is not None
-        *sums, raised, first_bad = torch.cat(
-            [self.sums, torch.stack([self.guard.raised, self.guard.first_bad_step])]
-        ).tolist()
+        guard = torch.stack([self.guard.raised, self.guard.first_bad_step])
+        values = torch.cat([self.sums, guard, self.task.pulls]).tolist()
+        count = len(self.sums)
+        sums, (raised, first_bad), self.pulls = values[:count], values[count : count + 2], values[count + 2 :]
         if raised:
             where = f"step {int(first_bad)} (epoch {int(first_bad) // self.steps_per_epoch + 1})"
             raise DivergedError(
                 f"the loss or a gradient is not finite at {where}; the weights were left as they were before it",
                 hint=self._hint_on_divergence(),
             )
-        count = self.step * self.recipe.engine.gradient_accumulation
-        return {name: value / count for name, value in zip(self.part_names, sums, strict=True)}
+        parts = self.step * self.recipe.engine.gradient_accumulation
+        return {name: value / parts for name, value in zip(self.part_names, sums, strict=True)}
+
+    def _say_imbalance(self) -> None:
+        """Say once, when the host first looks at the device anyway, that a term hardly counts beside another."""
+        if self.epoch == 0 and not self._balance_said:
+            self._balance_said = True
+            for line in self.task.imbalance(self.pulls):
+                self.progress.note(line)
 
     def _hint_on_divergence(self) -> str:
         hint = "lower optimizer.learning_rate, or set schedule.warmup_epochs"
@@ -230,12 +246,19 @@ class Trainer:
         training = {f"optimizer.{key}": tensor for key, tensor in flat_state(self.optimizer).items()}
         if self.average is not None:
             training |= {f"average.{key}": tensor for key, tensor in self.average.network.state_dict().items()}
+        training |= {f"learners.{key}": tensor for key, tensor in self.task.learners.state_dict().items()}
         training["random.cpu"] = torch.get_rng_state()
         if self.hardware.device.type == "cuda":
             training["random.cuda"] = torch.cuda.get_rng_state(self.hardware.device)
         if self.sums is not None:
             training["sums"] = self.sums
-        state = {"epoch": self.epoch, "step": self.step, "part_names": self.part_names, "best": self.best}
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "part_names": self.part_names,
+            "best": self.best,
+            "weights": self.task.weights.state(),
+        }
         self.run.save_checkpoint(Checkpoint(self.task.student.state_dict(), training, self.best_state, state))
         self._saved_at = time.monotonic()
 
@@ -259,6 +282,7 @@ class Trainer:
         load_flat_state(self.optimizer, self.parameters, _under("optimizer.", tensors))
         if self.average is not None:
             self.average.network.load_state_dict(_under("average.", tensors))
+        self.task.learners.load_state_dict(_under("learners.", tensors))
         torch.set_rng_state(tensors["random.cpu"])
         if self.hardware.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.hardware.device)
@@ -267,6 +291,7 @@ class Trainer:
         if not (0 <= self.epoch <= self.recipe.engine.epochs and 0 <= self.step < self.steps_per_epoch):
             raise ValueError(f"epoch {self.epoch}, step {self.step} lies outside the run")
         self.part_names, self.best = checkpoint.state["part_names"], checkpoint.state["best"]
+        self.task.weights.restore(checkpoint.state["weights"])
         self.best_state = checkpoint.best
 
 

@@ -3,16 +3,23 @@
 Shape suffixes: B batch, C classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.engine import compiling
+from cakd_cli.engine.emphasis import Weights, part_name
 from cakd_cli.engine.hardware import Hardware
 from cakd_cli.engine.stopwatch import Stopwatch
+from cakd_cli.engine.taps import Tapped, locate, student_layers
+from cakd_cli.engine.teacher import Teacher
 from cakd_cli.evaluation.predict import Normalisation
-from cakd_cli.losses import LossTerm
+from cakd_cli.losses import Lesson, LossTerm
+
+# A term that pulls less than this share of another is worth a warning.
+_FAINT = 0.01
 
 
 class Task:
@@ -23,29 +30,72 @@ class Task:
         terms: The recipe's loss.
         data: Whose normalisation the student uses.
         hardware: Precision and layout.
+        teacher: Whose answers the terms compare with; none if they need none.
+
+    Attributes:
+        network: The student as it trains: with the layers tapped that the terms look at.
+        weights: What each term weighs in an epoch.
+        pulls: How strongly each term pulled at the logits in the first batch of the latest epoch: the Frobenius norm of
+            the gradient, weight included; -1 for a term that does not look at the logits.
+        learners: What terms learn themselves, by their number; trained with the student and no part of it.
+
+    Raises:
+        RecipeError: If the student lacks a layer that a term names.
     """
 
-    def __init__(self, student: nn.Module, terms: Sequence[LossTerm], data: ImageDataSet, hardware: Hardware) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        terms: Sequence[LossTerm],
+        data: ImageDataSet,
+        hardware: Hardware,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.student = student
         self.terms = terms
         self.hardware = hardware
         self.normalisation = Normalisation(data.mean, data.std, hardware)
         self.watch = Stopwatch(hardware.device)
-        self._forward: Callable[[Tensor], Tensor] = student
+        image = torch.zeros(1, data.channels, *data.image_size, device=hardware.device)
+        taps, self._student_sizes = locate(student, student_layers(terms), data.num_classes, image, name="the student")
+        self._teacher_sizes = teacher.sizes if teacher is not None and teacher.sizes else (data.num_classes,)
+        self.network = Tapped(student, taps) if taps else student
+        self._forward: Callable[[Tensor], Tensor] = self.network
+        self.weights = Weights(terms)
+        self._names: dict[tuple[int, str], str] = {}  # of parts, by term and its own name for them
+        self._balance_epoch = 0
+        self.pulls = torch.zeros(len(terms), device=hardware.device)
+        self.learners = self._make_learners(teacher).to(hardware.device)
+
+    def _make_learners(self, teacher: Teacher | None) -> nn.ModuleDict:
+        learners = nn.ModuleDict()
+        mine, theirs = list(self._student_sizes[1:]), list(self._teacher_sizes[1:])
+        taps = list(teacher.taps) if teacher is not None else []
+        for number, term in enumerate(self.terms):
+            count = len(term.layer_names)
+            step = 2 if term.needs_importance else 1
+            weight = None
+            if teacher is not None and any(tap.of_input for tap in taps[:count]):
+                weight = teacher.model.get_submodule(taps[0].layer).get_parameter("weight").detach().float().clone()
+            learner = term.learner(mine[:count], theirs[: step * count : step], weight)
+            if learner is not None:
+                learners[str(number)] = learner
+            mine, theirs, taps = mine[count:], theirs[step * count :], taps[count:]
+        return learners
 
     def compile(self, parts: int) -> None:
         """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
-        self._forward = compiling.compiled(self.student, self.hardware.device, parts=parts)
+        self._forward = compiling.compiled(self.network, self.hardware.device, parts=parts)
 
     def loss(
-        self, images: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, epoch: int
+        self, images: Tensor, labels_B: Tensor, teacher: Tensor | None, epoch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
             images: uint8, (batch, channels, height, width).
             labels_B: Class indices.
-            teacher_BC: The teacher's logits in float32; none if no term needs them.
+            teacher: The teacher's answers in float32, its logits and what its taps give; none if no term needs them.
             epoch: From 1, as the literature counts for warm-up: the first epoch of 20 has weight 1/20.
 
         Returns:
@@ -53,27 +103,85 @@ class Task:
             images, in [0, 1]) and the unweighted parts of each term.
         """
         with self.watch("student"), self.hardware.autocast():
-            student_BC = self._forward(self.normalisation(images)).float()
+            student = self._forward(self.normalisation(images)).float()
         with self.watch("loss"):
-            return self._weigh(student_BC, labels_B, teacher_BC, epoch)
+            return self._weigh(student, labels_B, teacher, epoch)
+
+    def _lessons(self, student: Tensor, labels_B: Tensor, teacher: Tensor | None) -> list[Lesson]:
+        """Cut the answers of both networks into what each term looks at."""
+        student_BC, *mine = student.split(list(self._student_sizes), 1)
+        teacher_BC: Tensor | None = None
+        theirs: list[Tensor] = []
+        if teacher is not None:
+            teacher_BC, *theirs = teacher.split(list(self._teacher_sizes), 1)
+        lessons = []
+        for term in self.terms:
+            count = len(term.layer_names)
+            step = 2 if term.needs_importance else 1
+            features, theirs = theirs[: step * count], theirs[step * count :]
+            lessons.append(
+                Lesson(
+                    student_BC,
+                    teacher_BC,
+                    labels_B,
+                    student_features=tuple(mine[:count]),
+                    teacher_features=tuple(features[::step]),
+                    importance=tuple(features[1::2]) if term.needs_importance else (),
+                )
+            )
+            mine = mine[count:]
+        return lessons
 
     def _weigh(
-        self, student_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, epoch: int
+        self, student: Tensor, labels_B: Tensor, teacher: Tensor | None, epoch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        lessons = self._lessons(student, labels_B, teacher)
+        student_BC = lessons[0].student_BC
         total = student_BC.new_zeros(())
         parts = {"loss": total, "top1": (student_BC.detach().argmax(1) == labels_B).float().mean()}
-        for term in self.terms:
-            output = term(student_BC, teacher_BC, labels_B)
-            total = total + weight_at(term, epoch) * output.total
+        pulls = []
+        for number, (term, lesson) in enumerate(zip(self.weights.at(epoch), lessons, strict=True)):
+            key = str(number)
+            learner = self.learners[key] if key in self.learners else None  # noqa: SIM401 - it has no get
+            output = term.learn(lesson, learner)
+            weighted = term.weight * output.total
+            if self._balance_epoch != epoch and student_BC.requires_grad:
+                pulls.append(_norm_of_gradient(weighted, student_BC))
+            total = total + weighted
             for name, part in output.parts.items():
                 # Two terms of one kind: the second's parts get its number.
                 unique = name if name not in parts else f"{name}_{sum(n.startswith(name) for n in parts) + 1}"
                 parts[unique] = part.detach()
+                self._names[number, name] = unique
+        if pulls:
+            self._balance_epoch, self.pulls = epoch, torch.stack(pulls)
         parts["loss"] = total.detach()
         return total, parts
 
+    def end_epoch(self, means: Mapping[str, float]) -> None:
+        """Tell the weights that adapt what the parts were on average over an epoch."""
+        self.weights.hear({part_name(*key): means[name] for key, name in self._names.items()})
 
-def weight_at(term: LossTerm, epoch: int) -> float:
-    """Weight of a term in an epoch counted from 1: linear warm-up, then constant."""
-    assert term.warmup_epochs != "auto", "resolve() settles every auto"
-    return term.weight * min(epoch / term.warmup_epochs, 1.0) if term.warmup_epochs else term.weight
+    def balance(self, pulls: Sequence[float]) -> dict[str, float]:
+        """Name the values of ``pulls``; terms that do not look at the logits are left out."""
+        named = zip(self.terms, pulls, strict=True)
+        return {f"{number}.{term.type}": pull for number, (term, pull) in enumerate(named) if pull >= 0}
+
+    def imbalance(self, pulls: Sequence[float]) -> list[str]:
+        """Say which terms of the first epoch hardly count beside another, also once their warm-up is over."""
+        full = self.balance([pull / self.weights.warmup(number, 1) for number, pull in enumerate(pulls)])
+        strongest = max(full, key=full.__getitem__, default="")
+        return [
+            f"warning: the loss term {name} pulls at the logits with {pull:.1e}, {strongest} with "
+            f"{full[strongest]:.1e}: it hardly counts"
+            for name, pull in full.items()
+            if pull < _FAINT * full[strongest]
+        ]
+
+
+def _norm_of_gradient(total: Tensor, student_BC: Tensor) -> Tensor:
+    """Norm of the gradient at the logits; -1 if the total does not depend on them."""
+    gradient = None
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, student_BC, retain_graph=True, allow_unused=True)
+    return total.new_full((), -1.0) if gradient is None else gradient.detach().norm()

@@ -12,6 +12,7 @@ from torch import nn
 from cakd_cli.data import ImageDataSet, Split
 from cakd_cli.engine import saved_model
 from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.taps import Tap, locate
 from cakd_cli.errors import InputError, RecipeError
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
@@ -36,6 +37,8 @@ class Teacher:
         architecture: Everything but the weights, as its options say it.
         weights_hash: Identity of its weights.
         facts: What its own run recorded; may be empty.
+        taps: Layers whose features its answers hold beside the logits.
+        sizes: Of an answer's parts: logits, then the elements of each tap, and again for their importance.
     """
 
     model: nn.Module
@@ -45,10 +48,14 @@ class Teacher:
     architecture: str
     weights_hash: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    taps: tuple[Tap, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
-def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware) -> Teacher:
-    """Read a teacher and check that its classes are the data's.
+def load_teacher(
+    spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, layers: tuple[Tap | None, ...] = ()
+) -> Teacher:
+    """Read a teacher and check that its classes are the data's, and that it has the layers to be tapped.
 
     Raises:
         InputError: If its files are missing or damaged.
@@ -81,7 +88,9 @@ def load_teacher(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Har
     architecture = network.model_dump_json(exclude={"weights", "pretrained"})
     if isinstance(network, TorchvisionSpec | TimmSpec):
         architecture += f" of {network.type} {importlib.metadata.version(network.type)}"
-    return Teacher(model, mean, std, name, architecture, digest, facts)
+    image = torch.zeros(1, data.channels, *data.image_size, device=hardware.device)
+    taps, sizes = locate(model, layers, data.num_classes, image, name=f"the teacher {name}")
+    return Teacher(model, mean, std, name, architecture, digest, facts, taps, sizes)
 
 
 def _size(shape: list[int]) -> str:

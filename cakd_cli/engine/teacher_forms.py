@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ from torch.fx.experimental.optimization import fuse
 
 from cakd_cli.engine import compiling
 from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.taps import Tapped
 from cakd_cli.engine.teacher import Teacher
 from cakd_cli.errors import HardwareError
 from cakd_cli.evaluation.predict import Normalisation
@@ -56,6 +57,8 @@ class Form:
             hardware = replace(hardware, channels_last=False)
         self._dtype = torch.bfloat16 if name == "folded-bf16" else torch.float32
         self._model = teacher.model if name == "plain" else hardware.place(_fold(teacher.model).to(self._dtype))
+        if teacher.taps:
+            self._model = Tapped(self._model, teacher.taps)
         self._answer = compiling.compiled(self._model, hardware.device) if name == "compiled" else self._model
         self._hardware = hardware
         self._normalise = Normalisation(teacher.mean, teacher.std, hardware)
@@ -76,7 +79,7 @@ class Form:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Map uint8 images (batch, channels, height, width) to float32 logits (batch, classes)."""
+        """Map uint8 images (batch, channels, height, width) to float32 logits (batch, classes), or rows with taps."""
         with self._hardware.autocast(), self._compiler():
             answers_BC = self._answer(self._normalise(images).to(self._dtype)).float()
         # What a graph gives is overwritten by its next call.
@@ -107,13 +110,13 @@ def choose(
     if expected < WORTH_MEASURING_SECONDS:
         return plain, ""
     exact = Form(teacher, "plain", hardware.full_precision())(images)
-    bar = max(_SLACK * _distance(plain(images), exact), _FLOOR)
+    bar = max(_SLACK * _distance(plain(images), exact, teacher.sizes), _FLOOR)
     forms = {"plain": plain}
     refused = []
     for name in _candidates(hardware, compiled, expected, float32=float32):
         try:
             form = Form(teacher, name, hardware)
-            distance = _distance(form(images), exact)
+            distance = _distance(form(images), exact, teacher.sizes)
         except Exception as error:
             if name == "compiled" and compiled == "on":
                 raise HardwareError(
@@ -159,10 +162,16 @@ def _seconds(form: Form, images: Tensor, hardware: Hardware) -> float:
     return time.perf_counter() - started
 
 
-def _distance(answers_BC: Tensor, exact_BC: Tensor) -> float:
-    """Compare answers up to what softmax ignores: root of the squared error over that of the exact answers."""
-    answers_BC, exact_BC = (x - x.mean(1, keepdim=True) for x in (answers_BC, exact_BC))
-    return float((answers_BC - exact_BC).norm() / exact_BC.norm().clamp(min=1e-30))
+def _distance(answers: Tensor, exact: Tensor, sizes: Sequence[int]) -> float:
+    """Compare logits, and then each layer, up to what softmax ignores; the largest distance counts.
+
+    It is the root of the squared error over that of the exact answers.
+    """
+    distances = []
+    for part_BD, exact_BD in zip(answers.split(list(sizes), 1), exact.split(list(sizes), 1), strict=True):
+        part_BD, exact_BD = (x - x.mean(1, keepdim=True) for x in (part_BD, exact_BD))
+        distances.append(float((part_BD - exact_BD).norm() / exact_BD.norm().clamp(min=1e-30)))
+    return max(distances)
 
 
 def _first_line(error: Exception) -> str:

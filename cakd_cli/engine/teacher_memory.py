@@ -58,6 +58,7 @@ class Identity:
         computed: Kind of device and precision.
         form: In which the teacher computes.
         stored: ``fp16`` or ``fp32``.
+        says: What an answer holds, logits and layers.
         width: Numbers in an answer.
     """
 
@@ -72,6 +73,7 @@ class Identity:
     computed: str
     form: str
     stored: str
+    says: str
     width: int
 
     @property

@@ -168,7 +168,8 @@ def _identity(
         computed=f"{hardware.device.type} {hardware.precision}",
         form=form,
         stored=stored,
-        width=data.num_classes,
+        says=", ".join(["logits", *map(str, teacher.taps)]),
+        width=sum(teacher.sizes),
     )
 
 

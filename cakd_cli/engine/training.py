@@ -16,7 +16,7 @@ from torch import nn
 
 from cakd_cli import __version__
 from cakd_cli.data import ImageDataSet, MemorySplit
-from cakd_cli.engine import compiling, run_directory, saved_model, teacher_memory, teaching
+from cakd_cli.engine import compiling, run_directory, saved_model, taps, teacher_memory, teaching
 from cakd_cli.engine import hardware as hardware_module
 from cakd_cli.engine.answers import Answers
 from cakd_cli.engine.hardware import Hardware
@@ -30,6 +30,7 @@ from cakd_cli.engine.teacher import Teacher, check_teacher, initial_model, load_
 from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError
 from cakd_cli.evaluation import cost, metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
+from cakd_cli.losses.emphasis import Emphasis
 from cakd_cli.recipe.schema import Recipe
 
 # What a run that asks no teacher has settled about it.
@@ -46,9 +47,14 @@ class Prepared:
     recipe: Recipe
     data: ImageDataSet
     hardware: Hardware
-    student: nn.Module
+    task: Task
     teacher: Teacher | None
     reasons: dict[str, str]  # of what was settled automatically, by recipe key
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that learns."""
+        return self.task.student
 
     def settled(self, **engine: Any) -> "Prepared":
         """Return the same run with these keys of ``engine`` settled."""
@@ -89,7 +95,7 @@ def prepare(recipe: Recipe) -> Prepared:
     torch.manual_seed(recipe.seed)
     teacher = None
     if recipe.teacher is not None and recipe.needs_teacher:
-        teacher = load_teacher(recipe.teacher, data, machine)
+        teacher = load_teacher(recipe.teacher, data, machine, taps.teacher_layers(recipe.loss))
     engine = recipe.engine.model_copy(update={"device": str(machine.device), "precision": machine.precision})
     reasons = dict(machine.reasons)
     if teacher is None:
@@ -99,7 +105,8 @@ def prepare(recipe: Recipe) -> Prepared:
         if why:
             reasons["engine.teacher_memory"] = why
     recipe = recipe.model_copy(update={"engine": engine})
-    return Prepared(recipe, data, machine, machine.place(student), teacher, reasons)
+    task = Task(machine.place(student), recipe.loss, data, machine, teacher)
+    return Prepared(recipe, data, machine, task, teacher, reasons)
 
 
 def _place(data: ImageDataSet, machine: Hardware) -> ImageDataSet:
@@ -140,13 +147,12 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         prepared.hardware.keep_freed_memory()
         with _torch_errors(prepared.recipe):
             _say_what_was_chosen(prepared, progress)
-            task = Task(prepared.student, prepared.recipe.loss, prepared.data, prepared.hardware)
             prepared, answers = _open_answers(prepared, facts, progress)
-            prepared = settle_compile(prepared, task, progress)
+            prepared = settle_compile(prepared, progress)
         directory.write_recipe(prepared.recipe)
         try:
             with StopRequest().listening() as stop, _torch_errors(prepared.recipe):
-                trainer = Trainer(task, answers, prepared.data, prepared.recipe, directory, progress, stop)
+                trainer = Trainer(prepared.task, answers, prepared.data, prepared.recipe, directory, progress, stop)
                 return _train(prepared, trainer, checkpoint, facts)
         except BaseException as error:
             # The first error is the one to report, also where the disk is too full to note it.
@@ -252,7 +258,7 @@ def fill_memory(prepared: Prepared, progress: Progress) -> tuple[str, int]:
     return answers.memory.identity.key, asked
 
 
-def settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepared:
+def settle_compile(prepared: Prepared, progress: Progress) -> Prepared:
     """Compile the student's step where that was asked for or pays."""
     recipe, data = prepared.recipe, prepared.data
     engine = recipe.engine
@@ -260,8 +266,8 @@ def settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepar
     if engine.compile != "off":
         images = teaching.first_images(recipe, data, prepared.hardware)
         compiled, why = compiling.choose(
-            task.student,
-            task.normalisation,
+            prepared.task.network,
+            prepared.task.normalisation,
             prepared.hardware,
             images[: -(-len(images) // engine.gradient_accumulation)],
             steps=len(data.train) // engine.batch_size * engine.epochs,
@@ -270,7 +276,7 @@ def settle_compile(prepared: Prepared, task: Task, progress: Progress) -> Prepar
         )
         progress.note(f"engine.compile: {'on' if compiled else 'off'} ({why})")
     if compiled:
-        task.compile(engine.gradient_accumulation)
+        prepared.task.compile(engine.gradient_accumulation)
     return prepared.settled(compile="on" if compiled else "off")
 
 
@@ -356,7 +362,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
             "test": len(data.test),
         },
         "model": {"name": recipe.model.label, "parameters": cost.num_parameters(prepared.student)},
-        "loss": " + ".join(f"{term.weight:g} {term.type}" for term in recipe.loss),
+        "loss": " + ".join(f"{_number(term.weight)} {term.type}" for term in recipe.loss),
         "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
     }
 
@@ -379,6 +385,10 @@ def _torch_errors(recipe: Recipe) -> Iterator[None]:
             f"{recipe.engine.batch_size // recipe.engine.gradient_accumulation} at a time",
             hint="give a larger --batch-size, or a smaller engine.gradient_accumulation",
         ) from error
+
+
+def _number(weight: float | Emphasis) -> str:
+    return f"{weight.type} weight of" if isinstance(weight, Emphasis) else f"{weight:g}"
 
 
 def versions() -> dict[str, str]:

@@ -8,12 +8,13 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from cakd_cli.losses.base import LossOutput, LossTerm, pearson, standardise
+from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, pearson, standardise
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
 from cakd_cli.losses.correlation_matching import CMKDTerm, cmkd, sample_difficulty
 from cakd_cli.losses.curriculum import ctkd
 from cakd_cli.losses.decoupled import DKDTerm, dkd, dkd_mod
 from cakd_cli.losses.decoupling import Decoupling, decouple
+from cakd_cli.losses.features import CAKDFeaturesTerm
 from cakd_cli.losses.generalized import (
     GDKD3Term,
     GDKDAutoKTerm,
@@ -57,6 +58,7 @@ LossOptions = Annotated[
     | LogitMSETerm
     | DKDTerm
     | CAKDTerm
+    | CAKDFeaturesTerm
     | GDKDTerm
     | GDKD3Term
     | GDKDAutoKTerm
@@ -79,6 +81,7 @@ def objectives() -> dict[str, Sequence[Mapping[str, Any]]]:
 
 __all__ = [
     "TERMS",
+    "CAKDFeaturesTerm",
     "CAKDTerm",
     "CMKDTerm",
     "CrossEntropyTerm",
@@ -91,6 +94,7 @@ __all__ = [
     "GDKDTerm",
     "JensenShannonTerm",
     "KDTerm",
+    "Lesson",
     "LogitMSETerm",
     "LossOptions",
     "LossOutput",

@@ -5,11 +5,13 @@ Shape suffixes: B batch, C classes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from cakd_cli.losses.emphasis import AdaptiveEmphasis, Emphasis, Weight
 
 # Differences of two logits and their batch sums stay finite in float32 up to here.
 LARGEST_SOFTENED_LOGIT = 1e30
@@ -31,6 +33,27 @@ class LossOutput:
     parts: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a term may look at in one batch.
+
+    Attributes:
+        student_BC: Student logits.
+        teacher_BC: Teacher logits; none if no term needs them.
+        target_B: Class indices.
+        student_features: One (batch, elements) for each of the term's layers.
+        teacher_features: Likewise.
+        importance: How much each of the teacher's elements speaks for its prediction, where the term needs it.
+    """
+
+    student_BC: Tensor
+    teacher_BC: Tensor | None
+    target_B: Tensor
+    student_features: tuple[Tensor, ...] = ()
+    teacher_features: tuple[Tensor, ...] = ()
+    importance: tuple[Tensor, ...] = ()
+
+
 class LossTerm(BaseModel):
     """One entry of a recipe's ``loss:`` list."""
 
@@ -43,13 +66,62 @@ class LossTerm(BaseModel):
     # What ``--loss NAME`` stands for, by name: whole training objectives as published, as raw recipe entries.
     objectives: ClassVar[Objectives]
 
-    weight: float = Field(1.0, ge=0, description="factor on this term")
+    # Which part each weight is of, where parts of a term are weighed.
+    weighs: ClassVar[Mapping[str, str]] = {}
+
+    type: str
+    weight: Weight = Field(1.0, description="factor on this term")
     warmup_epochs: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         0.0, description="epochs over which the weight grows linearly from 0; auto = a twelfth of the run"
     )
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
+    @model_validator(mode="after")
+    def _check_adaptive(self) -> Self:
+        for name in type(self).model_fields:
+            if isinstance(getattr(self, name), AdaptiveEmphasis) and name not in self.weighs:
+                able = ", ".join(self.weighs) or "none of its weights"
+                raise ValueError(f"{name} cannot be adaptive: it weighs no part beside others; {able} can")
+        return self
+
+    def settled(self, epochs: int) -> Self:
+        """Put numbers where the recipe leaves it to the length of the run."""
+        update: dict[str, Any] = {}
+        if self.warmup_epochs == "auto":
+            update["warmup_epochs"] = epochs / 12
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Emphasis):
+                update[name] = value.settled(epochs)
+        return self.model_copy(update=update)
+
+    @property
+    def layer_names(self) -> tuple[tuple[str, str], ...]:
+        """Layers that the term compares, (student, teacher); an empty name is the input of a classifier."""
+        return ()
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether the teacher's layers come with their Grad-CAM importance."""
+        return False
+
+    def learner(
+        self, student_sizes: Sequence[int], teacher_sizes: Sequence[int], weight_CD: Tensor | None
+    ) -> nn.Module | None:
+        """Make what the term itself learns, which is no part of the student: nothing, for most.
+
+        Args:
+            student_sizes: Elements of each of the student's layers.
+            teacher_sizes: Of the teacher's.
+            weight_CD: Weight of the teacher's linear classifier, if it has one.
+        """
+        return None
+
+    def learn(self, lesson: Lesson, learner: nn.Module | None) -> LossOutput:
         """Compute the unweighted term for one batch."""
+        return self(lesson.student_BC, lesson.teacher_BC, lesson.target_B)
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
+        """Compute the unweighted term for one batch, by its logits alone."""
         raise NotImplementedError
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, C classes (or any softmaxed elements).
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair
 from cakd_cli.losses.decoupling import decouple
+from cakd_cli.losses.emphasis import Weight
 from cakd_cli.losses.grouping import Grouping, LabelGrouping
 
 
@@ -70,12 +72,14 @@ class CAKDTerm(SoftenedTerm):
     # The published text gives the form (cross-entropy 1, 20 of 240 epochs of warm-up, temperature 4) but neither
     # alpha nor beta; 1 and 8 are DKD's for ResNet32x4 -> ResNet8x4, whose loss this is for S = {label}.
     objectives: ClassVar[Objectives] = {
-        name: ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"}) for name in ("cakd", "cakd-logits")
+        "cakd-logits": ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"})
     }
 
+    weighs: ClassVar[Mapping[str, str]] = {"alpha": "scd", "beta": "wcd"}
+
     type: Literal["cakd"] = "cakd"
-    alpha: float = Field(1.0, ge=0, description="weight of scd, inside the strong classes")
-    beta: float = Field(8.0, ge=0, description="weight of wcd, inside the weak classes")
+    alpha: Weight = Field(1.0, description="weight of scd, inside the strong classes")
+    beta: Weight = Field(8.0, description="weight of wcd, inside the weak classes")
     grouping: Grouping = Field(default_factory=LabelGrouping, description="which classes are strong")
     scale_by_mass: bool = Field(False, description="weigh scd and wcd by the teacher's mass of their set as well")
 

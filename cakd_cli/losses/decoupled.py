@@ -3,6 +3,7 @@
 Shape suffixes: B batch, C classes.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from torch import Tensor
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair
 from cakd_cli.losses.decoupling import KLType, decouple
+from cakd_cli.losses.emphasis import Weight
 
 
 def dkd(
@@ -81,9 +83,11 @@ class DKDTerm(SoftenedTerm):
     # beta is 8 for ResNet32x4 -> ResNet8x4; 2 to 8 over the paper's CIFAR-100 pairs. 20 of 240 epochs of warm-up.
     objectives: ClassVar[Objectives] = {"dkd": ({"type": "cross-entropy"}, {"type": "dkd", "warmup_epochs": "auto"})}
 
+    weighs: ClassVar[Mapping[str, str]] = {"alpha": "tckd", "beta": "nckd"}
+
     type: Literal["dkd"] = "dkd"
-    alpha: float = Field(1.0, ge=0, description="weight of tckd, label against the rest")
-    beta: float = Field(8.0, ge=0, description="weight of nckd, inside the rest")
+    alpha: Weight = Field(1.0, description="weight of tckd, label against the rest")
+    beta: Weight = Field(8.0, description="weight of nckd, inside the rest")
     strategy: Literal["target", "top1"] = Field(
         "target", description="the class against the rest: the label, or the teacher's largest logit"
     )

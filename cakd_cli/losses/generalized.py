@@ -5,6 +5,7 @@ The classes are split by the teacher's own logits, whatever the label is: the k 
 Shape suffixes: B batch, C classes, K groups.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from cakd_cli.losses.base import (
     standardise,
 )
 from cakd_cli.losses.decoupling import Decoupling, KLType, decouple
+from cakd_cli.losses.emphasis import Weight
 
 Strategy = Literal["best", "worst"]
 
@@ -249,10 +251,11 @@ def _weighted(high: Tensor, low_top: Tensor, low_other: Tensor, w0: float, w1: f
 
 class _GeneralizedTerm(SoftenedTerm):
     paper = "arXiv 2512.04625 (IEEE TNNLS 2026)"
+    weighs: ClassVar[Mapping[str, str]] = {"w0": "high", "w1": "low_top", "w2": "low_other"}
 
-    w0: float = Field(1.0, ge=0, description="weight of high, top against rest")
-    w1: float = Field(1.0, ge=0, description="weight of low_top, inside the top")
-    w2: float = Field(8.0, ge=0, description="weight of low_other, inside the rest")
+    w0: Weight = Field(1.0, description="weight of high, top against rest")
+    w1: Weight = Field(1.0, description="weight of low_top, inside the top")
+    w2: Weight = Field(8.0, description="weight of low_other, inside the rest")
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -336,10 +339,10 @@ class GDKDAutoWTerm(SoftenedTerm):
     type: Literal["gdkd-auto-w"] = "gdkd-auto-w"
     mode: Literal["v1", "v2", "v3"] = Field("v1", description="which parts have the mass: both, the rest's, the top's")
     k: int = Field(5, ge=1, description="classes at the top")
-    m1: float = Field(6.0, ge=0, description="weight of low_top where it has the mass")
-    m2: float = Field(14.0, ge=0, description="weight of low_other where it has the mass")
-    w1: float = Field(1.0, ge=0, description="weight of low_top in v2")
-    w2: float = Field(8.0, ge=0, description="weight of low_other in v3")
+    m1: Weight = Field(6.0, description="weight of low_top where it has the mass")
+    m2: Weight = Field(14.0, description="weight of low_other where it has the mass")
+    w1: Weight = Field(1.0, description="weight of low_top in v2")
+    w2: Weight = Field(8.0, description="weight of low_other in v3")
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair, soften
+from cakd_cli.losses.emphasis import Weight
 
 
 def nkd(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float, gamma: float) -> LossOutput:
@@ -62,7 +63,7 @@ class NKDTerm(SoftenedTerm):
 
     type: Literal["nkd"] = "nkd"
     temperature: float = Field(1.0, gt=0, le=1000, description="softening of the other classes")
-    gamma: float = Field(1.5, ge=0, description="weight of the other classes")
+    gamma: Weight = Field(1.5, description="weight of the other classes")
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""

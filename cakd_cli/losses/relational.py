@@ -3,12 +3,14 @@
 Shape suffixes: B batch, C classes.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair, pearson, soften
+from cakd_cli.losses.emphasis import Weight
 
 
 def dist(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float, beta: float, gamma: float) -> LossOutput:
@@ -46,9 +48,11 @@ class DISTTerm(SoftenedTerm):
     # CIFAR-100 settings of the official repository: dist_t4.
     objectives: ClassVar[Objectives] = {"dist": ({"type": "cross-entropy"}, {"type": "dist"})}
 
+    weighs: ClassVar[Mapping[str, str]] = {"beta": "inter", "gamma": "intra"}
+
     type: Literal["dist"] = "dist"
-    beta: float = Field(2.0, ge=0, description="weight of inter, over the classes")
-    gamma: float = Field(2.0, ge=0, description="weight of intra, over the batch")
+    beta: Weight = Field(2.0, description="weight of inter, over the classes")
+    gamma: Weight = Field(2.0, description="weight of intra, over the batch")
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""

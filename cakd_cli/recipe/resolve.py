@@ -258,11 +258,17 @@ def _validate(raw: dict[str, Any], mistakes: _Mistakes) -> Recipe | None:
         _check_whole(recipe, mistakes)
         return recipe
     by_place: dict[Keys, list[Any]] = {}
-    for detail in details:
+    for detail in [detail for detail in details if not _other_kind(detail)] or details:
         by_place.setdefault(_place(detail, raw), []).append(detail)
     for keys, group in by_place.items():
         mistakes.add(mistakes.origin(keys), f"{_dotted(keys)}: {_explain(keys, group, raw)}")
     return None
+
+
+def _other_kind(detail: Any) -> bool:
+    """Where a number or a mapping may stand, only what was given can be wrong in its own way."""
+    wanted = {"float_type": float, "model_attributes_type": dict, "model_type": dict}.get(detail["type"])
+    return wanted is not None and isinstance(detail["input"], dict) != (wanted is dict)
 
 
 def _place(detail: Any, raw: Any) -> Keys:
@@ -300,6 +306,8 @@ def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
     if "union_tag_not_found" in kinds:
         return f"needs a key 'type', got {given!r}"
     message = " or ".join(dict.fromkeys(_lower(detail["msg"]) for detail in group))
+    if set(kinds) == {"value_error"}:  # of several keys together, which it names
+        return message.removeprefix("value error, ")
     return f"{message}, got {given!r}{note}"
 
 
@@ -390,8 +398,4 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
 
 def _settle(recipe: Recipe) -> Recipe:
     """Replace every ``auto`` that the recipe itself decides."""
-    terms = tuple(
-        term.model_copy(update={"warmup_epochs": recipe.engine.epochs / 12}) if term.warmup_epochs == "auto" else term
-        for term in recipe.loss
-    )
-    return recipe.model_copy(update={"loss": terms})
+    return recipe.model_copy(update={"loss": tuple(term.settled(recipe.engine.epochs) for term in recipe.loss)})

@@ -107,12 +107,14 @@ def _reason(plan: Mapping[str, Any], key: str) -> str:
 def _term(term: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in term.items() if key not in ("type", "weight")}
     settings = ", ".join(f"{key} {_setting(value)}" for key, value in rest.items())
-    return f"{term['weight']:g} {term['type']} ({settings})"
+    return f"{_setting(term['weight'])} {term['type']} ({settings})"
 
 
 def _setting(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(_setting(part) for part in value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_setting(part) for part in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

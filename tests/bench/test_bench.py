@@ -116,7 +116,7 @@ def test_views_without_end_have_no_warm_memory(cakd, quick, tmp_path):
     trained = cakd("train-teacher", *words, "--model", "resnet8", "--epochs", 1, "--out", teacher)
     assert trained.code == 0, trained.err
     words = (*words, "--student", "resnet8", "--teacher", teacher, "engine.compile=off")
-    result = cakd("bench", *words, "--against", "plain")
+    result = cakd("bench", "loss=kd", *words, "--against", "plain")
     warm = cakd("bench", *words, "data.views=2", "--json")
 
     assert result.code == 0, result.err
@@ -130,3 +130,11 @@ def test_without_a_teacher_there_is_nothing_to_measure(cakd):
 
     assert result.code == 3
     assert "no term of the loss needs a teacher" in result.err
+
+
+def test_the_plain_loop_knows_no_features(cakd):
+    result = cakd("bench", *WORDS, "loss=kd", "loss.1={type: cakd-features}", "--against", "plain")
+
+    assert result.code == 3
+    assert "the plain loop compares logits alone" in result.err
+    assert "loss=cakd-logits" in result.err

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 
 from cakd_cli.engine import teaching, training
+from cakd_cli.engine.emphasis import Weights
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.optimizer import make_optimizer
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
-from cakd_cli.engine.task import Task, weight_at
 from cakd_cli.errors import DivergedError
 from cakd_cli.losses import CrossEntropyTerm
 from cakd_cli.recipe.resolve import resolve
@@ -45,10 +45,9 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
         prepared = training.prepare(recipe)
         asked = (prepared.teacher, prepared.data, prepared.hardware)
         given, *_ = teaching.open_answers(prepared.recipe, *asked, Silent().note)
-        task = Task(prepared.student, recipe.loss, prepared.data, prepared.hardware)
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
-        trainer = Trainer(task, given, prepared.data, prepared.recipe, run, Silent(), StopRequest())
+        trainer = Trainer(prepared.task, given, prepared.data, prepared.recipe, run, Silent(), StopRequest())
         trainer.teacher = prepared.teacher
         return trainer
 
@@ -248,8 +247,9 @@ def test_terms_are_weighted_summed_and_named(make_trainer):
 def test_warm_up_counts_epochs_from_one():
     term = CrossEntropyTerm(weight=2.0, warmup_epochs=20.0)
 
-    assert [weight_at(term, epoch) for epoch in (1, 10, 20, 21)] == pytest.approx([0.1, 1.0, 2.0, 2.0])
-    assert weight_at(CrossEntropyTerm(), 1) == 1
+    weights = Weights([term, CrossEntropyTerm()])
+    assert [weights.at(epoch)[0].weight for epoch in (1, 10, 20, 21)] == pytest.approx([0.1, 1.0, 2.0, 2.0])
+    assert weights.at(1)[1].weight == 1
 
 
 def test_teacher_stays_in_eval_mode_and_is_never_trained(make_trainer):

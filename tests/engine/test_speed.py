@@ -32,7 +32,7 @@ def used_teacher(name, machine, classes=10):
                 layer.running_var.uniform_(0.5, 2)
                 layer.weight.uniform_(0.5, 1.5)
                 layer.bias.normal_(0, 0.2)
-    return Teacher(machine.place(network).eval(), (0.5,) * 3, (0.25,) * 3, name, name, "")
+    return Teacher(machine.place(network).eval(), (0.5,) * 3, (0.25,) * 3, name, name, "", sizes=(classes,))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_folding_changes_rounding_only(images, name, form):
 
     expected, found = plain(images), folded(images)
 
-    assert teacher_forms._distance(found, expected) < 1e-5
+    assert teacher_forms._distance(found, expected, [10]) < 1e-5
     kinds = [type(layer) for layer in folded._model.modules()]
     assert kinds.count(torch.nn.BatchNorm2d) < [type(x) for x in teacher.model.modules()].count(torch.nn.BatchNorm2d)
     # The teacher itself is as it was.
@@ -59,11 +59,11 @@ def test_folding_changes_rounding_only(images, name, form):
 def test_forms_of_a_bf16_run_are_as_exact_as_its_plain_form(images, form):
     teacher = used_teacher("resnet20", BF16)
     exact = Form(teacher, "plain", FP32)(images)
-    plain = teacher_forms._distance(Form(teacher, "plain", BF16)(images), exact)
+    plain = teacher_forms._distance(Form(teacher, "plain", BF16)(images), exact, [10])
     answers = Form(teacher, form, BF16)(images)
 
     assert answers.dtype == torch.float32
-    assert teacher_forms._distance(answers, exact) < 2 * plain
+    assert teacher_forms._distance(answers, exact, [10]) < 2 * plain
 
 
 def test_short_runs_take_the_teacher_as_it_is(images):
@@ -106,7 +106,7 @@ class Untraceable(torch.nn.Module):
 
 def test_a_network_that_cannot_be_folded_stays_plain(images, monkeypatch, cakd, toy_file, toy_teacher, tmp_path):
     monkeypatch.setattr(teacher_forms, "WORTH_MEASURING_SECONDS", 0.0)
-    teacher = Teacher(Untraceable(), (0.5,) * 3, (0.25,) * 3, "odd", "odd", "")
+    teacher = Teacher(Untraceable(), (0.5,) * 3, (0.25,) * 3, "odd", "odd", "", sizes=(3,))
 
     form, why = teacher_forms.choose(teacher, FP32, images, asks=1, compiled="off", float32=True)
 

@@ -35,6 +35,7 @@ IDENTITY = Identity(
     computed="cpu fp32",
     form="plain",
     stored="fp32",
+    says="logits",
     width=5,
 )
 FACTS = {"teacher": "t", "data": "d"}
@@ -354,7 +355,7 @@ def test_six_students_of_one_teacher_ask_once_per_view(toy_file, toy_teacher, tm
     original = Form.__call__
     monkeypatch.setattr(Form, "__call__", lambda self, images: (asked.append(shown(images)), original(self, images))[1])
     counts = []
-    for loss in ("kd", "dkd", "cakd"):
+    for loss in ("kd", "dkd", "cakd-logits"):
         for seed in (0, 1):
             flags = {"teacher": str(toy_teacher), "loss": loss, "seed": seed, "engine.epochs": 5}
             run = train_toy(toy_file, tmp_path / f"{loss}{seed}", "data.crop_padding=1", **flags)
@@ -459,7 +460,7 @@ def test_fill_asks_before_the_run_does(cakd, toy_file, toy_teacher, tmp_path):
 )
 def test_the_limit_is_said_and_kept(cakd, toy_file, toy_teacher, tmp_path, words, said):
     command = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
-    result = cakd(*command, "--epochs", 12, "--batch-size", 16, "--out", tmp_path / "run", *words)
+    result = cakd(*command, "--loss", "kd", "--epochs", 12, "--batch-size", 16, "--out", tmp_path / "run", *words)
 
     assert result.code == 0
     assert teacher_memory.folders() == []

@@ -1,0 +1,241 @@
+"""Layers by name: what a tapped network answers, and a whole run that learns from features."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional
+from torch.testing import assert_close
+
+from cakd_cli.engine import compiling, loop, teacher_forms
+from cakd_cli.engine.hardware import choose
+from cakd_cli.engine.taps import Tap, Tapped, locate
+from cakd_cli.engine.teacher_forms import Form
+from cakd_cli.errors import RecipeError
+from cakd_cli.recipe.resolve import resolve
+from cakd_cli.recipe.schema import EngineOptions
+from tests.conftest import train_toy
+from tests.engine.test_resume import Killed, assert_same_run
+from tests.engine.test_speed import used_teacher
+
+CPU = choose(EngineOptions(device="cpu", precision="fp32"))
+FEATURES = Tap("fc", of_input=True)
+
+
+@pytest.fixture
+def network():
+    return used_teacher("resnet8", CPU).model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def naive(network, images):
+    """The last map, by the network's own pieces."""
+    x = functional.relu(network.bn1(network.conv1(images)))
+    return network.layer3(network.layer2(network.layer1(x)))
+
+
+def test_a_row_is_the_logits_and_what_each_tap_gives(network, images):
+    taps, sizes = locate(network, [Tap("layer2"), None, Tap("layer3.0")], 10, images[:1], name="it")
+    row = Tapped(network, taps)(images)
+
+    logits, layer2, pooled, block = row.split(list(sizes), 1)
+
+    assert sizes == (10, 32, 64, 64)
+    assert taps[1] == FEATURES
+    assert_close(logits, network(images))
+    assert_close(pooled, naive(network, images).mean((2, 3)))
+    assert_close(logits, network.fc(pooled))
+    assert (layer2.shape, block.shape) == ((5, 32), (5, 64))
+
+
+def test_grad_cam_of_the_last_map_is_its_classifiers_weight(network, images):
+    tapped = Tapped(network, [Tap("layer1"), Tap("layer3", importance=True)])
+
+    logits, _, features, importance = tapped(images).split([10, 16, 64, 64], 1)
+
+    last = naive(network, images)
+    # d logit / d map is the weight of the predicted class, shared by all positions of the mean.
+    gradient = network.fc.weight[logits.argmax(1)] / (last.shape[2] * last.shape[3])
+    assert_close(importance, (gradient[:, :, None, None] * last).relu().mean((2, 3)))
+    assert_close(features, last.mean((2, 3)))
+
+
+def test_grad_cam_reaches_through_later_taps(network, images):
+    alone = Tapped(network, [Tap("layer1", importance=True)])(images)
+    both = Tapped(network, [Tap("layer1", importance=True), Tap("layer3", importance=True)])(images)
+
+    assert_close(both[:, : 10 + 32], alone)
+    assert alone[:, 26:].abs().sum() > 0
+
+
+def test_tapping_changes_neither_the_network_nor_its_weights_names(network, images):
+    before, names = network(images), list(network.state_dict())
+
+    tapped = Tapped(network, [FEATURES])
+    tapped(images)
+
+    assert torch.equal(network(images), before)
+    assert list(network.state_dict()) == names
+
+
+def test_a_copy_tells_itself(network, images):
+    tapped = Tapped(network, [FEATURES])
+    other = copy.deepcopy(tapped)
+    alone = copy.deepcopy(network)
+    with torch.no_grad():
+        other.network.conv1.weight.mul_(2)
+
+    assert not torch.equal(other(images), tapped(images))
+    assert_close(other(images)[:, 10:], naive(other.network, images).mean((2, 3)))
+    assert_close(tapped(images)[:, 10:], naive(network, images).mean((2, 3)))
+    assert_close(alone(images), network(images))
+
+
+@pytest.mark.slow
+def test_compiled_rows_are_the_same(network, images):
+    tapped = Tapped(network, [FEATURES, Tap("layer2")])
+
+    rows = compiling.compiled(tapped, torch.device("cpu"))(images)
+
+    assert_close(rows, tapped(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["folded", "folded-nchw"])
+def test_a_folded_teacher_gives_the_same_features(form):
+    teacher = used_teacher("wrn-16-1", CPU)
+    image = torch.zeros(1, 3, 16, 16)
+    taps, sizes = locate(teacher.model, [None], 10, image, name="it")
+    teacher = teacher.__class__(**{**vars(teacher), "taps": taps, "sizes": sizes})
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+
+    plain, folded = Form(teacher, "plain", CPU)(images), Form(teacher, form, CPU)(images)
+
+    assert plain.shape == (4, 10 + 64)
+    assert teacher_forms._distance(folded, plain, sizes) < 1e-5
+    folded[:, 10:] *= 1.1
+    assert teacher_forms._distance(folded, plain, sizes) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Tap("layer9"), "it has no layer 'layer9'"),
+        (Tap("unused"), "layer 'unused' of it cannot be tapped: a tapped layer was not used"),
+        (Tap("pair"), "layer 'pair' of it cannot be tapped"),
+    ],
+)
+def test_layers_that_cannot_be_tapped(network, images, layer, message):
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.unused, self.pair = network, torch.nn.Linear(3, 3), Pair()
+
+        def forward(self, x):
+            return self.network(self.pair(x)[0])
+
+    with pytest.raises(RecipeError, match=message):
+        locate(Odd(), [layer], 10, images[:1], name="it")
+
+
+def test_a_network_without_a_linear_classifier(images):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+    with pytest.raises(RecipeError, match="it has no linear classifier of 10 classes") as caught:
+        locate(network, [None], 10, images[:1], name="it")
+
+    assert "--loss cakd-logits" in caught.value.hint
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="session")
+def wide_teacher(toy_file, tmp_path_factory):
+    return train_toy(toy_file, tmp_path_factory.mktemp("wide") / "teacher", model="resnet8x4")
+
+
+@pytest.fixture
+def words(toy_file, wide_teacher):
+    return (
+        *("distill", "--data", f"tensors:{toy_file}", "--teacher", wide_teacher, "--student", "resnet8"),
+        *("--epochs", 2, "--batch-size", 16, "--device", "cpu", "engine.checkpoint_seconds=0"),
+    )
+
+
+LAYERS = (
+    "{type: cakd-features, layers: [{student: layer2, teacher: layer2}, {student: layer3, teacher: layer3}], mask: %s}"
+)
+
+
+@pytest.mark.parametrize("loss", [None, LAYERS % "grad-cam", LAYERS % "activation"])
+def test_the_connector_is_trained_and_never_saved(cakd, words, tmp_path, loss):
+    result = cakd(*words, *([f"loss.2={loss}"] if loss else []), "--out", tmp_path / "run")
+
+    assert result.code == 0, result.err
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["train"]["feature_scd"] > 0
+    plain = resolve([], {"data": "digits", "model": "resnet8"}).model.build(in_channels=1, num_classes=4)
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(plain.state_dict())
+    assert cakd("eval", tmp_path / "run").code == 0
+
+
+def test_a_run_on_features_asks_nobody_what_another_has_asked(cakd, words, tmp_path):
+    first = cakd(*words, "--out", tmp_path / "one")
+    second = cakd(*words, "--out", tmp_path / "two", "optimizer.learning_rate=0.03")
+    logits = cakd(*words, "--out", tmp_path / "three", "--loss", "kd")
+
+    assert (first.code, second.code, logits.code) == (0, 0, 0)
+    assert sum(asked(tmp_path / "one")) > 0
+    assert sum(asked(tmp_path / "two")) == 0
+    # Logits alone are another memory, with smaller rows.
+    assert sum(asked(tmp_path / "three")) > 0
+    listed = cakd("teacher-memory", "list", "--json").document
+    assert len(listed) == 2
+
+
+def asked(path):
+    return [json.loads(line)["teacher"]["asked"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("moment", [4, 13])
+def test_killed_and_resumed_with_a_connector(cakd, words, tmp_path, monkeypatch, moment):
+    assert cakd(*words, "--out", tmp_path / "straight").code == 0
+    count = 0
+    original = loop.Trainer._set_learning_rate
+
+    def dying(self):
+        nonlocal count
+        count += 1
+        if count == moment + 1:
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", dying)
+    with pytest.raises(Killed):
+        cakd(*words, "--out", tmp_path / "killed")
+    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", original)
+    assert cakd(*words, "--out", tmp_path / "killed", "--resume").code == 0
+
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_a_wrong_layer_is_told_before_anything_is_written(cakd, words, tmp_path):
+    layers = LAYERS.replace("student: layer3", "student: layr3") % "activation"
+
+    result = cakd(*words, f"loss.2={layers}", "--out", tmp_path / "run")
+
+    assert result.code == 3
+    assert "the student has no layer 'layr3'" in result.err
+    assert "did you mean layer3" in result.err
+    assert not (tmp_path / "run").exists()
