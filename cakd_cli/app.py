@@ -290,13 +290,14 @@ def bench(
 @app.command("list")
 def list_(
     what: Annotated[Catalogue, typer.Argument(help="What to list.")],
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A loss, to see all about it.")] = None,
     json: Json = False,
 ) -> None:
-    """List the models, losses or data that a recipe can name."""
+    """List the models, losses or data that a recipe can name, or all about one loss."""
     from cakd_cli.commands import catalogue
     from cakd_cli.console import Console
 
-    catalogue.run(what.value, console=Console(json_mode=json))
+    catalogue.run(what.value, name, console=Console(json_mode=json))
 
 
 @app.command()

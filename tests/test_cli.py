@@ -576,3 +576,36 @@ def test_several_processes_are_refused(cakd, monkeypatch, toy_file):
 
     assert result.code == 7
     assert "several processes are not supported" in result.err
+
+
+def test_a_loss_is_told_whole(cakd):
+    document = cakd("list", "losses", "gdkd", "--json").document
+    text = cakd("list", "losses", "gdkd").out
+
+    assert [entry["type"] for entry in document["objective"]] == ["cross-entropy", "gdkd"]
+    settings = {row["name"]: row for row in document["terms"][0]["settings"]}
+    assert settings["k"] == {"name": "k", "default": 5, "range": "a whole number >= 1", "meaning": "classes at the top"}
+    assert settings["temperature"]["range"] == "a number > 0, <= 1000"
+    assert {"pair": "cifar100/wrn-40-2-wrn-16-2", "settings": {"w1": 2, "w2": 6}} in document["published"]
+    for part in ("w0 T^2 mean KL(b)", "arXiv 2512.04625", "cifar100/wrn-40-2-wrn-16-2: w1: 2, w2: 6"):
+        assert part in text
+
+
+def test_every_loss_can_be_told(cakd):
+    rows = cakd("list", "losses", "--json").document
+
+    assert len(rows) == len({row["name"] for row in rows}) >= 19
+    for row in rows:
+        document = cakd("list", "losses", row["name"], "--json").document
+        assert all(term["formula"] and term["settings"] for term in document["terms"]), row
+        assert all(
+            setting["meaning"] and setting["range"] for term in document["terms"] for setting in term["settings"]
+        )
+
+
+def test_what_cannot_be_told(cakd):
+    unknown, other = cakd("list", "losses", "gdkdd"), cakd("list", "models", "resnet8")
+
+    assert (unknown.code, other.code) == (2, 2)
+    assert "no loss 'gdkdd'; did you mean gdkd" in unknown.err
+    assert "cakd list models takes no name" in other.err

@@ -3,9 +3,12 @@
 import itertools
 
 import pytest
+from pydantic import TypeAdapter
 
+from cakd_cli import losses
+from cakd_cli.errors import RecipeError
 from cakd_cli.models import ExternalSpec
-from cakd_cli.recipe import shipped
+from cakd_cli.recipe import published, shipped
 from cakd_cli.recipe.resolve import resolve
 
 NAMES = shipped.names()
@@ -13,7 +16,8 @@ NAMES = shipped.names()
 
 def test_there_are_recipes():
     assert len(NAMES) >= 6
-    assert len(NAMES) == len(list(shipped.folder().rglob("*.yaml")))
+    # All files but the table of published settings.
+    assert len(NAMES) == len(list(shipped.folder().rglob("*.yaml"))) - 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,9 +36,65 @@ def test_recipe_resolves_with_each_of_its_methods(name):
     flags = {"teacher": "runs/t"} if "loss:" in text else {}
     if "data:" not in text.replace("--data", ""):
         flags["data"] = "folder:images"
-    for method in ("cross-entropy", "kd", "dkd", "cakd") if flags.get("teacher") else (None,):
+    for method in losses.objectives() if flags.get("teacher") else (None,):
         recipe = resolve([name], flags | {"loss": method})
         sizes = {"in_channels": 3, "num_classes": 10}
         if isinstance(recipe.model, ExternalSpec):
             recipe.model.normalisation()
         assert recipe.model.build(**sizes) is not None
+
+
+# The CIFAR-100 pairs of the literature, and ImageNet's two.
+PAIRS = (
+    *("resnet56-resnet20", "resnet110-resnet32", "resnet32x4-resnet8x4", "wrn-40-2-wrn-16-2", "wrn-40-2-wrn-40-1"),
+    *("vgg13-vgg8", "resnet32x4-shufflenet-v1", "resnet32x4-shufflenet-v2", "wrn-40-2-shufflenet-v1"),
+    *("vgg13-mobilenet-v2", "resnet50-mobilenet-v2"),
+)
+
+
+def test_every_pair_has_published_settings():
+    names = published.names()
+
+    assert [name for name in names if name.startswith("cifar100/")] == [f"cifar100/{pair}" for pair in PAIRS]
+    assert [name for name in names if name.startswith("imagenet/")] == [
+        "imagenet/resnet34-resnet18",
+        "imagenet/resnet50-mobilenet-v1",
+    ]
+
+
+@pytest.mark.parametrize("name", published.names())
+def test_published_settings_are_settings(name):
+    adapter = TypeAdapter(tuple[losses.LossOptions, ...])
+
+    for method, entries in published.objectives(name, losses.objectives()).items():
+        terms = adapter.validate_python(tuple(entries))
+        assert terms, method
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "expected"),
+    [
+        ("cifar100/resnet32x4-resnet8x4", "gdkd", {"w0": 1, "w1": 2, "w2": 8, "k": 5, "temperature": 4}),
+        ("cifar100/wrn-40-2-wrn-16-2", "gdkd", {"w1": 2, "w2": 6, "warmup_epochs": 20}),
+        ("recipes/cifar100/resnet56-resnet20", "dkd", {"alpha": 1, "beta": 2}),
+        ("cifar100/resnet110-resnet32", "gdkd-auto-w", {"m1": 3, "m2": 2}),
+        ("cifar100/wrn-40-2-wrn-40-1", "ls-kd", {"weight": 9, "temperature": 2, "standardise": True}),
+        ("cifar100/wrn-40-2-wrn-40-1", "dist", {"beta": 2, "gamma": 2, "temperature": 4}),
+        ("imagenet/resnet34-resnet18", "gdkd", {"w0": 0.5, "w1": 1, "w2": 1, "temperature": 1, "warmup_epochs": 1}),
+        ("imagenet/resnet34-resnet18", "kd", {"weight": 0.5, "temperature": 1}),
+    ],
+)
+def test_a_recipe_takes_the_papers_weights(recipe, loss, expected):
+    flags = {"teacher": "runs/t", "loss": loss, **({"data": "folder:x"} if "imagenet" in recipe else {})}
+
+    term = resolve([recipe], flags).loss[-1]
+
+    assert {key: getattr(term, key) for key in expected} == expected
+
+
+def test_a_row_that_is_not_there(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: digits\nmodel: resnet8\npublished: cifar100/resnet32x4-resnet8\n")
+
+    with pytest.raises(RecipeError, match=r"mine.yaml:3: published: no settings of 'cifar100/resnet32x4-resnet8'"):
+        resolve([str(path)], {})

@@ -1,16 +1,30 @@
 """cakd list."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from cakd_cli import data, losses, models
 from cakd_cli.console import Console
+from cakd_cli.errors import UsageError, nearest
+from cakd_cli.losses import LossTerm
+from cakd_cli.recipe import published
 from cakd_cli.report import tables
 
 
-def run(what: str, *, console: Console) -> None:
-    """List names with one line each."""
-    rows = {"models": _models, "losses": _losses, "data": _data}[what]()
-    console.result(rows, lambda stdout: tables.show_catalogue(stdout, rows))
+def run(what: str, name: str | None, *, console: Console) -> None:
+    """List names with one line each, or describe one loss.
+
+    Raises:
+        UsageError: If there is no such loss, or something else than a loss is named.
+    """
+    if name is None:
+        rows = {"models": _models, "losses": _losses, "data": _data}[what]()
+        console.result(rows, lambda stdout: tables.show_catalogue(stdout, rows))
+        return
+    if what != "losses":
+        raise UsageError(f"cakd list {what} takes no name, got '{name}'", hint=f"cakd list {what}")
+    document = _describe(name)
+    console.result(document, lambda stdout: tables.show_loss(stdout, document))
 
 
 def _line(documented: type[Any]) -> str:
@@ -33,4 +47,65 @@ def _data() -> list[dict[str, str]]:
 
 
 def _losses() -> list[dict[str, str]]:
-    return [{"name": term.model_fields["type"].default, "summary": _line(term)} for term in losses.TERMS]
+    return [
+        {"name": name, "summary": term.summaries.get(name, _line(term))}
+        for term in losses.TERMS
+        for name in term.objectives
+    ]
+
+
+def _describe(name: str) -> dict[str, Any]:
+    """All about a method: what it stands for, and each of the terms that it is made of."""
+    owners = {method: term for term in losses.TERMS for method in term.objectives}
+    if name not in owners:
+        raise UsageError(f"no loss '{name}'; {nearest(name, sorted(owners))}", hint="cakd list losses")
+    term = owners[name]
+    entries = term.objectives[name]
+    kinds = {kind.model_fields["type"].default: kind for kind in losses.TERMS}
+    used = [kinds[kind] for kind in dict.fromkeys(entry["type"] for entry in entries)]
+    return {
+        "name": name,
+        "summary": term.summaries.get(name, _line(term)),
+        "objective": [dict(entry) for entry in entries],
+        # Everybody knows cross-entropy, unless it is what was asked about.
+        "terms": [_term(kind) for kind in used if kind.needs_teacher or len(used) == 1],
+        "published": published.of_method(name),
+    }
+
+
+def _term(term: type[LossTerm]) -> dict[str, Any]:
+    schema = term.model_json_schema()
+    settings = [
+        {
+            "name": name,
+            "default": field.get("default", "label" if name == "grouping" else None),
+            "range": _range(field, schema.get("$defs", {})),
+            "meaning": field.get("description", ""),
+        }
+        for name, field in schema["properties"].items()
+        if name != "type"
+    ]
+    kind = schema["properties"]["type"]["const"]
+    return {"type": kind, "formula": term.formula, "paper": term.paper, "settings": settings}
+
+
+def _range(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """Say what a setting may be, from its JSON schema."""
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(dict.fromkeys(_range(member, definitions) for member in schema[key]))
+    if "$ref" in schema:
+        # Of a mapping with a type the type says enough.
+        kind = definitions[schema["$ref"].rpartition("/")[2]]
+        return f"{{type: {kind['properties']['type']['const']}}}"
+    if "enum" in schema or "const" in schema:
+        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if schema["type"] == "array":
+        return "a list" + (f" of numbers {found}" if (found := _bounds(schema["items"])) else "")
+    words = {"boolean": "true or false", "null": "none", "integer": "a whole number", "number": "a number"}
+    return " ".join(filter(None, [words.get(schema["type"], schema["type"]), _bounds(schema)]))
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    return ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)

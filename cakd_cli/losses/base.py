@@ -65,6 +65,8 @@ class LossTerm(BaseModel):
     formula: ClassVar[str]
     # What ``--loss NAME`` stands for, by name: whole training objectives as published, as raw recipe entries.
     objectives: ClassVar[Objectives]
+    # What an objective is, where the first line above does not say it.
+    summaries: ClassVar[Mapping[str, str]] = {}
 
     # Which part each weight is of, where parts of a term are weighed.
     weighs: ClassVar[Mapping[str, str]] = {}

@@ -75,6 +75,9 @@ class CAKDTerm(SoftenedTerm):
         "cakd-logits": ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"})
     }
 
+    summaries: ClassVar[Mapping[str, str]] = {
+        "cakd-logits": "CAKD's first half: the label against the rest, and the rest by itself."
+    }
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "scd", "beta": "wcd"}
 
     type: Literal["cakd"] = "cakd"

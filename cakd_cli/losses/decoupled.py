@@ -81,8 +81,14 @@ class DKDTerm(SoftenedTerm):
     paper = "Zhao et al. 2022, arXiv 2203.08679"
     formula = "alpha T^2 mean KL(b) + beta T^2 mean KL(rest),  b = (p_label, 1 - p_label)"
     # beta is 8 for ResNet32x4 -> ResNet8x4; 2 to 8 over the paper's CIFAR-100 pairs. 20 of 240 epochs of warm-up.
-    objectives: ClassVar[Objectives] = {"dkd": ({"type": "cross-entropy"}, {"type": "dkd", "warmup_epochs": "auto"})}
-
+    objectives: ClassVar[Objectives] = {
+        "dkd": ({"type": "cross-entropy"}, {"type": "dkd", "warmup_epochs": "auto"}),
+        "ls-dkd": (
+            {"type": "cross-entropy"},
+            {"type": "dkd", "weight": 9.0, "temperature": 2.0, "standardise": True, "warmup_epochs": "auto"},
+        ),
+    }
+    summaries: ClassVar[Mapping[str, str]] = {"ls-dkd": "DKD of z-scored logits (LSKD, arXiv 2403.01427)."}
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "tckd", "beta": "nckd"}
 
     type: Literal["dkd"] = "dkd"

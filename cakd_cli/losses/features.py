@@ -87,6 +87,9 @@ class CAKDFeaturesTerm(LossTerm):
         )
     }
 
+    summaries: ClassVar[Mapping[str, str]] = {
+        "cakd": "CAKD as its paper has it: over logits with S = {label}, and over features."
+    }
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "feature_scd", "beta": "feature_wcd"}
 
     type: Literal["cakd-features"] = "cakd-features"

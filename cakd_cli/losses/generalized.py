@@ -275,6 +275,8 @@ class GDKDTerm(_GeneralizedTerm):
         ),
     }
 
+    summaries: ClassVar[Mapping[str, str]] = {"ls-gdkd": "GDKD of z-scored logits (LS_GDKD of its repository)."}
+
     type: Literal["gdkd"] = "gdkd"
     k: int = Field(5, ge=1, description="classes at the top")
     kl_type: KLType = Field("forward", description="direction of the KL inside the groups")

@@ -4,7 +4,7 @@ Shape suffixes: B batch, C classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -87,7 +87,14 @@ class KDTerm(_DivergenceTerm):
     paper = "Hinton, Vinyals, Dean 2015, arXiv 1503.02531"
     formula = "T^2 mean KL(p_teacher || p_student)"
     # CIFAR-100 settings of mdistiller's configs: 0.1 CE + 0.9 KD, temperature 4.
-    objectives: ClassVar[Objectives] = {"kd": ({"type": "cross-entropy", "weight": 0.1}, {"type": "kd", "weight": 0.9})}
+    objectives: ClassVar[Objectives] = {
+        "kd": ({"type": "cross-entropy", "weight": 0.1}, {"type": "kd", "weight": 0.9}),
+        "ls-kd": (
+            {"type": "cross-entropy", "weight": 0.1},
+            {"type": "kd", "weight": 9.0, "temperature": 2.0, "standardise": True},
+        ),
+    }
+    summaries: ClassVar[Mapping[str, str]] = {"ls-kd": "KD of z-scored logits (LSKD, arXiv 2403.01427)."}
     divergence = staticmethod(kd)
 
     type: Literal["kd"] = "kd"

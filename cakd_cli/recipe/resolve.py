@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cakd_cli import data, losses, models
 from cakd_cli.errors import RecipeError, UsageError, nearest
-from cakd_cli.recipe import shipped, strict_yaml
+from cakd_cli.recipe import published, shipped, strict_yaml
 from cakd_cli.recipe.schema import Recipe
 
 Keys = tuple[str | int, ...]
@@ -147,12 +147,19 @@ def _read(name: str, mistakes: _Mistakes) -> dict[str, Any]:
 
 
 def _methods(raw: dict[str, Any], mistakes: _Mistakes) -> dict[str, Any]:
-    """What ``--loss NAME`` stands for: the recipe's own ``methods:``, then the published objectives."""
+    """What ``--loss NAME`` stands for: the recipe's own ``methods:``, then its row of published settings, then ours."""
+    known: Mapping[str, Any] = losses.objectives()
+    row = raw.pop("published", None)
+    if row is not None and row not in published.names():
+        place = mistakes.origin(("published",))
+        mistakes.add(place, f"published: no settings of '{row}'; {nearest(str(row), published.names())}")
+    elif row is not None:
+        known = published.objectives(row, known)
     own = raw.pop("methods", {})
     if not isinstance(own, dict):
         mistakes.add(mistakes.origin(("methods",)), "methods: must map names to lists of loss terms")
         own = {}
-    return {name: [dict(term) for term in terms] for name, terms in losses.objectives().items()} | own
+    return {name: [dict(term) for term in terms] for name, terms in known.items()} | own
 
 
 def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:

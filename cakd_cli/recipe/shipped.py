@@ -7,6 +7,9 @@ from cakd_cli.errors import RecipeError, nearest
 # In a wheel the recipes lie beside this file; in a checkout at its top.
 _FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
 
+# Not a recipe, but settings that recipes refer to.
+PUBLISHED = "published"
+
 
 def folder() -> Path:
     """Return where the shipped recipes lie."""
@@ -16,7 +19,8 @@ def folder() -> Path:
 def names() -> list[str]:
     """List the shipped recipes, as ``set/name``."""
     root = folder()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    found = {path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")}
+    return sorted(found - {PUBLISHED})
 
 
 def find(name: str) -> tuple[Path, str]:

@@ -17,6 +17,32 @@ def show_catalogue(stdout: Console, rows: Sequence[Mapping[str, str]]) -> None:
         stdout.print(Text(row["name"].ljust(width), style="bold") + Text(f"  {row['summary']}", style="default"))
 
 
+def show_loss(stdout: Console, loss: Mapping[str, Any]) -> None:
+    """Print a method: what it stands for, its terms with every setting, and what was published."""
+    stdout.print(Text(loss["name"], style="bold") + Text(f"  {loss['summary']}", style="default"))
+    stdout.print(f"\n--loss {loss['name']} stands for", markup=False)
+    for entry in loss["objective"]:
+        stdout.print(f"  {_settings(entry)}", markup=False)
+    for term in loss["terms"]:
+        stdout.print(f"\n{term['type']} = {term['formula']}", markup=False, highlight=False)
+        if term["paper"]:
+            stdout.print(f"  {term['paper']}", markup=False, highlight=False)
+        for setting in term["settings"]:
+            default = "none" if setting["default"] is None else _setting(setting["default"])
+            stdout.print(f"  {setting['name']}: {default}  ({setting['range']})", markup=False, highlight=False)
+            stdout.print(f"      {setting['meaning']}", markup=False, highlight=False)
+    if loss["published"]:
+        stdout.print("\npublished; what a pair's row does not say is in that of *", markup=False)
+    for row in loss["published"]:
+        settings = row["settings"]
+        entries = [settings] if isinstance(settings, Mapping) else settings
+        stdout.print(f"  {row['pair']}: {' + '.join(map(_settings, entries))}", markup=False, highlight=False)
+
+
+def _settings(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {_setting(value)}" for key, value in entry.items())
+
+
 def show_memories(stdout: Console, rows: Sequence[Mapping[str, Any]], folder: str) -> None:
     """Print the teacher memories of this machine."""
     if not rows:
