@@ -11,7 +11,7 @@ from cakd_cli.engine import planning, run_directory, training
 from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.resolve import names_recipe, resolve
-from cakd_cli.recipe.schema import Recipe, RunTeacher
+from cakd_cli.recipe.schema import Recipe, RunTeacher, single_teachers
 from cakd_cli.report import tables
 
 
@@ -72,9 +72,13 @@ def train(
 
 def _check_sources(recipe: Recipe, out: Path) -> None:
     """Refuse a run that would replace what it reads."""
-    sources = [recipe.model.weights]
-    if recipe.teacher is not None:
-        sources.append(recipe.teacher.path if isinstance(recipe.teacher, RunTeacher) else recipe.teacher.weights)
+    sources = [
+        recipe.model.weights,
+        *(
+            teacher.path if isinstance(teacher, RunTeacher) else teacher.weights
+            for teacher in single_teachers(recipe.teacher)
+        ),
+    ]
     for source in sources:
         if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
             raise RecipeError(f"{source} lies in {out}, where the run would be written", hint="give another --out")

@@ -1,6 +1,7 @@
 """The frozen teacher: read, and checked before an hour is spent on it."""
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,14 @@ from torch import nn
 
 from cakd_cli.data import ImageDataSet, Split
 from cakd_cli.engine import saved_model
+from cakd_cli.engine.ensemble import Ensemble
 from cakd_cli.engine.hardware import Hardware
 from cakd_cli.engine.taps import Tap, locate
 from cakd_cli.errors import InputError, RecipeError
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
 from cakd_cli.models import ExternalSpec, ModelSpec, TimmSpec, TorchvisionSpec, load_but_head, load_state, read_state
-from cakd_cli.recipe.schema import RunTeacher
+from cakd_cli.recipe.schema import EnsembleTeacher, RunTeacher
 
 # Answers that differ this much, in top-1, from what the teacher's own run recorded mean that something does not fit.
 _TOLERANCE = 0.02
@@ -53,7 +55,10 @@ class Teacher:
 
 
 def load_teacher(
-    spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, layers: tuple[Tap | None, ...] = ()
+    spec: RunTeacher | ModelSpec | EnsembleTeacher,
+    data: ImageDataSet,
+    hardware: Hardware,
+    layers: tuple[Tap | None, ...] = (),
 ) -> Teacher:
     """Read a teacher and check that its classes are the data's, and that it has the layers to be tapped.
 
@@ -61,6 +66,34 @@ def load_teacher(
         InputError: If its files are missing or damaged.
         RecipeError: If its classes or channels are not the data's.
     """
+    if not isinstance(spec, EnsembleTeacher):
+        return _load_one(spec, data, hardware, layers)
+    assert not layers, "the recipe schema refuses features of several teachers"
+    members = [_load_one(member, data, hardware, ()) for member in spec.members]
+    weights = spec.weights or (1.0,) * len(members)
+    model = Ensemble(
+        [member.model for member in members],
+        weights,
+        spec.combine,
+        mean=data.mean,
+        std=data.std,
+        normalisations=[(member.mean, member.std) for member in members],
+    )
+    architecture = [[member.architecture, list(member.mean), list(member.std)] for member in members]
+    return Teacher(
+        model=hardware.place(model).eval(),
+        mean=data.mean,
+        std=data.std,
+        name=" and ".join(member.name for member in members),
+        architecture=json.dumps([spec.combine, list(weights), architecture]),
+        weights_hash=" ".join(member.weights_hash for member in members),
+        sizes=(data.num_classes,),
+    )
+
+
+def _load_one(
+    spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, layers: tuple[Tap | None, ...]
+) -> Teacher:
     facts: Mapping[str, Any] = {}
     mean, std = data.mean, data.std
     if isinstance(spec, RunTeacher):

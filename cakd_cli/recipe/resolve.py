@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from cakd_cli import data, losses, models
 from cakd_cli.errors import RecipeError, UsageError, nearest
 from cakd_cli.recipe import published, shipped, strict_yaml
-from cakd_cli.recipe.schema import Recipe
+from cakd_cli.recipe.schema import EnsembleTeacher, Recipe, single_teachers
 
 Keys = tuple[str | int, ...]
 
@@ -177,6 +177,11 @@ def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:
 
 def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _Mistakes, origin: str) -> Any:
     """Turn the short forms ``digits``, ``folder:PATH``, ``torchvision:NAME``, ``dkd`` into mappings and lists."""
+    if key == "teacher" and isinstance(value, list):
+        value = {"type": "ensemble", "members": value}
+    if key == "teacher" and isinstance(value, dict) and isinstance(value.get("members"), list):
+        members = [_expand(key, member, methods, mistakes, origin) for member in value["members"]]
+        return {**value, "members": members}
     if not isinstance(value, str):
         return value
     if key == "data":
@@ -374,15 +379,16 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
     if recipe.needs_teacher and recipe.teacher is None:
         term = next(term for term in recipe.loss if term.needs_teacher)
         wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")
-    # About noise nobody knows anything, and its recipes are there to measure time.
-    if (
-        isinstance(recipe.teacher, models.ModelSpec)
-        and not (recipe.teacher.weights or getattr(recipe.teacher, "pretrained", False))
-        and recipe.data.type != "noise"
-    ):
-        wrong(
-            ("teacher",), f"{recipe.teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory"
-        )
+    for teacher in single_teachers(recipe.teacher):
+        # About noise nobody knows anything, and its recipes are there to measure time.
+        if (
+            isinstance(teacher, models.ModelSpec)
+            and not (teacher.weights or getattr(teacher, "pretrained", False))
+            and recipe.data.type != "noise"
+        ):
+            wrong(("teacher",), f"{teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory")
+    if isinstance(recipe.teacher, EnsembleTeacher) and any(term.layer_names for term in recipe.loss):
+        wrong(("teacher",), "is several networks, and features are compared with one; use --loss cakd-logits")
     if recipe.optimizer.type == "sgd" and recipe.optimizer.nesterov and not recipe.optimizer.momentum:
         wrong(("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false")
     if engine.batch_size % engine.gradient_accumulation:

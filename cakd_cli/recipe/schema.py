@@ -1,12 +1,12 @@
 """What a run is: one typed, frozen recipe for train-teacher and distill alike."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cakd_cli.data import DataOptions
 from cakd_cli.losses import LossOptions
-from cakd_cli.models import ModelOptions
+from cakd_cli.models import ModelOptions, ModelSpec
 
 
 class Section(BaseModel):
@@ -22,7 +22,36 @@ class RunTeacher(Section):
     path: str = Field(description="run directory or exported folder")
 
 
-TeacherOptions = Annotated[RunTeacher | ModelOptions, Field(discriminator="type")]
+OneTeacher = Annotated[RunTeacher | ModelOptions, Field(discriminator="type")]
+
+
+class EnsembleTeacher(Section):
+    """Several teachers that answer as one; a list of teachers is short for it."""
+
+    type: Literal["ensemble"] = "ensemble"
+    members: tuple[OneTeacher, ...] = Field(strict=False, min_length=2, description="teachers, as one would be given")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), strict=False, description="of the members in their order; none = all the same"
+    )
+    combine: Literal["probabilities", "logits", "confidence"] = Field(
+        "probabilities", description="what is averaged; confidence trusts whoever is sure of a sample"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weights and len(self.weights) != len(self.members):
+            raise ValueError(f"there are {len(self.members)} members and {len(self.weights)} weights")
+        return self
+
+
+TeacherOptions = Annotated[RunTeacher | ModelOptions | EnsembleTeacher, Field(discriminator="type")]
+
+
+def single_teachers(teacher: "RunTeacher | ModelSpec | EnsembleTeacher | None") -> "list[RunTeacher | ModelSpec]":
+    """List the teachers of a recipe one by one."""
+    if teacher is None:
+        return []
+    return list(teacher.members) if isinstance(teacher, EnsembleTeacher) else [teacher]
 
 
 class SGDOptions(Section):
