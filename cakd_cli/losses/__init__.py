@@ -11,7 +11,7 @@ from pydantic import Field
 from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, pearson, standardise
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
 from cakd_cli.losses.correlation_matching import CMKDTerm, cmkd, sample_difficulty
-from cakd_cli.losses.curriculum import ctkd
+from cakd_cli.losses.curriculum import CTKDTerm, ctkd
 from cakd_cli.losses.decoupled import DKDTerm, dkd, dkd_mod
 from cakd_cli.losses.decoupling import Decoupling, decouple
 from cakd_cli.losses.features import CAKDFeaturesTerm
@@ -66,6 +66,7 @@ LossOptions = Annotated[
     | CMKDTerm
     | DISTTerm
     | NKDTerm
+    | CTKDTerm
     | MLKDTerm,
     Field(discriminator="type"),
 ]
@@ -84,6 +85,7 @@ __all__ = [
     "CAKDFeaturesTerm",
     "CAKDTerm",
     "CMKDTerm",
+    "CTKDTerm",
     "CrossEntropyTerm",
     "DISTTerm",
     "DKDTerm",

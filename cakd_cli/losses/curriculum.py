@@ -3,12 +3,15 @@
 Shape suffixes: B batch, C classes.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from cakd_cli.losses.base import LossOutput, check_pair, soften
+from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, Objectives, check_pair, soften
+from cakd_cli.losses.emphasis import CosineEmphasis, Weight
 from cakd_cli.losses.supervised import cross_entropy
 
 
@@ -70,3 +73,56 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * ctx.factor, None
+
+
+class LearntTemperature(nn.Module):
+    """The number that the temperature is made of; trained with the student and never saved with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(()))
+
+
+class CTKDTerm(LossTerm):
+    """KD at a temperature that is learnt against the student, more and more."""
+
+    paper = "Li et al. 2023, arXiv 2211.16231; its global temperature"
+    formula = "T^2 mean KL(p_teacher || p_student),  T = t_start + t_end sigmoid(theta), d theta times -reversal"
+    # CIFAR-100 settings of the official code: 0.1 CE + 0.9 KD.
+    objectives: ClassVar[Objectives] = {
+        "ctkd": ({"type": "cross-entropy", "weight": 0.1}, {"type": "ctkd", "weight": 0.9})
+    }
+
+    type: Literal["ctkd"] = "ctkd"
+    t_start: float = Field(1.0, gt=0, le=1000, description="lower end of the temperature")
+    t_end: float = Field(20.0, gt=0, le=1000, description="width of the temperature's range")
+    reversal: Weight = Field(  # type: ignore[assignment]
+        CosineEmphasis(start=0.0, end=1.0, epochs=10.0),
+        description="how much the temperature works against the student; the paper's goes from 0 to 1 in 10 epochs",
+    )
+
+    def learner(
+        self,
+        student_sizes: Sequence[int],
+        teacher_sizes: Sequence[int],
+        weight_CD: Tensor | None,
+    ) -> LearntTemperature:
+        """Make the learnt number."""
+        return LearntTemperature()
+
+    def learn(self, lesson: Lesson, learner: nn.Module | None) -> LossOutput:
+        """Compute the unweighted term for one batch."""
+        assert isinstance(learner, LearntTemperature)
+        assert lesson.teacher_BC is not None
+        output = ctkd(
+            lesson.student_BC,
+            lesson.teacher_BC,
+            lesson.target_B,
+            theta=learner.theta,
+            t_start=self.t_start,
+            t_end=self.t_end,
+            reversal_lambda=-self.reversal,
+            ce_weight=0.0,
+            kd_weight=1.0,
+        )
+        return LossOutput(output.total, {name: output.parts[name] for name in ("temperature", "kd")})

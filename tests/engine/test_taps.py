@@ -239,3 +239,15 @@ def test_a_wrong_layer_is_told_before_anything_is_written(cakd, words, tmp_path)
     assert "the student has no layer 'layr3'" in result.err
     assert "did you mean layer3" in result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_learnt_temperature(cakd, words, tmp_path):
+    result = cakd(*words, "--loss", "ctkd", "--epochs", 4, "--out", tmp_path / "run")
+
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    temperatures = [line["train"]["temperature"] for line in lines]
+    # 1 + 20 sigmoid(1) at first; nothing is reversed in the first epoch, so only weight decay moves it.
+    assert temperatures[0] == pytest.approx(15.6, abs=0.1)
+    assert len(set(temperatures)) == 4
+    assert lines[0]["weights"]["1.ctkd.reversal"] == 0
