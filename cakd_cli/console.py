@@ -92,7 +92,9 @@ class Console:
         train = line["train"]
         text = f"epoch {line['epoch']}/{self._epochs}  {_parts(train)}"
         if "validation" in line:
-            text += f"  held-out top-1 {line['validation']['top1']:.1%}"
+            figures = line["validation"]
+            name, value = ("mAP", figures["map"]) if "map" in figures else ("top-1", figures["top1"])
+            text += f"  held-out {name} {value:.1%}"
         text += f"  {line['images_per_second']:,.0f} images/s  {_duration(left)} left"
         if self._bar is not None and self._task is not None:
             status = f"{line['images_per_second']:,.0f} images/s  {_parts(train)}"

@@ -93,7 +93,13 @@ def _default_out(recipe: Recipe, *, distil: bool) -> Path:
 def _show(stdout: RichConsole, facts: Mapping[str, Any]) -> None:
     figures = facts["metrics"]["test"]
     stdout.print(
-        f"{facts['model']['name']}: test top-1 {figures['top1']:.2%}, ECE {figures['ece']:.3f}, "
+        f"{facts['model']['name']}: test {_figures(figures)}, "
         f"{facts['model']['parameters']:,} parameters, in {facts['out']}",
         markup=False,
     )
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    if "map" in figures:
+        return f"mAP {figures['map']:.2%}, top-1 {figures['top1']:.2%}"
+    return f"top-1 {figures['top1']:.2%}, ECE {figures['ece']:.3f}"

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8, (batch, channels, height, width), not normalised: each network has its own normalisation.
-        labels: Class indices, (batch,).
+        labels: Class indices, (batch,); for several labels an image bool (batch, classes).
         views: Name of each image's view, int64 (batch,) on the CPU, where no device has to be waited for to read it;
             none where views are not counted.
     """
@@ -105,6 +105,7 @@ class ImageDataSet:
         std: Standard deviation likewise.
         fingerprint: Hash of the pixels and labels; of folders, of the paths and sizes of their files.
         crop_pct: Share of the shorter side that is shown when nothing is learnt.
+        multi_label: Whether an image may have several labels, or none.
     """
 
     name: str
@@ -118,6 +119,7 @@ class ImageDataSet:
     std: tuple[float, ...]
     fingerprint: str
     crop_pct: float = 1.0
+    multi_label: bool = False
 
     @property
     def num_classes(self) -> int:

@@ -21,7 +21,7 @@ class MemorySplit(Split):
 
     Args:
         images_NCHW: uint8.
-        labels_N: Class indices.
+        labels_N: Class indices; for several labels an image bool (samples, classes).
         number_N: The sample's number in its file, which names its views; on the CPU.
         samples: Samples in the file.
         padding: Pixels of padding before a random crop; 0 = no crop.
@@ -114,7 +114,7 @@ def memory_data_set(
 
     Args:
         spec: The recipe's settings.
-        train: uint8 images (samples, channels, height, width) and class indices.
+        train: uint8 images (samples, channels, height, width) and class indices, or 0 and 1 (samples, classes).
         test: Likewise.
         class_names: One name a class.
         source: What to call the data in an error.
@@ -129,19 +129,28 @@ def memory_data_set(
         )
     for part, (images, labels) in (("train", train), ("test", test)):
         _check(images, labels, len(class_names), f"{source}: {part}")
+    if train[1].ndim != test[1].ndim:
+        raise InputError(
+            f"{source}: train labels are {tuple(train[1].shape)}, test labels {tuple(test[1].shape)}",
+            hint="both must be one integer an image, or both 0 and 1 of shape (images, classes)",
+        )
     if train[0].shape[1:] != test[0].shape[1:]:
         raise InputError(
             f"{source}: train images are {tuple(train[0].shape[1:])}, test images {tuple(test[0].shape[1:])}",
             hint="both must have one (channels, height, width)",
         )
     splits = [
-        MemorySplit(images, labels.long(), torch.arange(len(labels)), samples=len(labels), padding=padding, flip=flip)
+        MemorySplit(
+            images, _class_labels(labels), torch.arange(len(labels)), samples=len(labels), padding=padding, flip=flip
+        )
         for (images, labels), padding, flip in (
             (train, spec.crop_padding, spec.horizontal_flip),
             (test, 0, False),
         )
     ]
-    keep, held = hold_out(splits[0].labels_N, spec.validation_fraction, spec.split_seed)
+    # Images of several labels have no class of which each part could hold its share.
+    strata_N = splits[0].labels_N if train[1].ndim == 1 else torch.zeros(len(train[1]), dtype=torch.long)
+    keep, held = hold_out(strata_N, spec.validation_fraction, spec.split_seed)
     mean, std = _channel_statistics(train[0])
     return ImageDataSet(
         name=spec.label,
@@ -154,7 +163,12 @@ def memory_data_set(
         mean=mean,
         std=std,
         fingerprint=_fingerprint(*train, *test),
+        multi_label=train[1].ndim == 2,
     )
+
+
+def _class_labels(labels: Tensor) -> Tensor:
+    return labels.long() if labels.ndim == 1 else labels.bool()
 
 
 def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> None:
@@ -163,11 +177,18 @@ def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> Non
             f"{source} images are {tuple(images.shape)} of {str(images.dtype).removeprefix('torch.')}",
             hint="they must be uint8 of shape (samples, channels, height, width)",
         )
+    if labels.ndim == 2 and labels.shape == (len(images), num_classes) and not labels.dtype.is_floating_point:
+        if labels.long().min() < 0 or labels.long().max() > 1:
+            raise InputError(
+                f"{source} labels of shape {tuple(labels.shape)} run from {labels.min()} to {labels.max()}",
+                hint="for several labels an image they must be 0 and 1",
+            )
+        return
     if labels.shape != images.shape[:1] or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise InputError(
             f"{source} labels are {tuple(labels.shape)} of {str(labels.dtype).removeprefix('torch.')} "
             f"for {len(images)} images",
-            hint="they must be one integer an image",
+            hint=f"they must be one integer an image, or 0 and 1 of shape (images, {num_classes} classes)",
         )
     labels = labels.long()
     if labels.min() < 0 or labels.max() >= num_classes:

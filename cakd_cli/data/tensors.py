@@ -18,7 +18,7 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class TensorsSpec(MemoryDataSpec):
-    """A safetensors file of uint8 images and labels: tensors:FILE."""
+    """A safetensors file of uint8 images and labels, one or several an image: tensors:FILE."""
 
     shorthand: ClassVar[str | None] = "path"
 
@@ -80,6 +80,8 @@ def _read(spec: MemoryDataSpec, path: Path) -> ImageDataSet:
 
 
 def _class_names(metadata: dict[str, str], labels: torch.Tensor, path: Path) -> list[str]:
+    if "class_names" not in metadata and labels.ndim == 2:
+        return [str(label) for label in range(labels.shape[1])]
     if "class_names" not in metadata:
         largest = int(labels.long().max()) if labels.numel() and not labels.dtype.is_floating_point else 0
         if largest >= MOST_CLASSES:

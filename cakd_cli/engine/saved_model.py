@@ -110,6 +110,7 @@ def model_card(saved: SavedModel) -> str:
         "tags": ["image-classification", "cakd"] + (["knowledge-distillation"] if "teacher" in facts else []),
     }
     if "top1" in test:
+        name, value = ("mean_average_precision", test["map"]) if "map" in test else ("accuracy", test["top1"])
         front["model-index"] = [
             {
                 "name": saved.spec.label,
@@ -117,7 +118,7 @@ def model_card(saved: SavedModel) -> str:
                     {
                         "task": {"type": "image-classification"},
                         "dataset": {"name": facts["data"]["name"], "type": facts["data"]["name"]},
-                        "metrics": [{"type": "accuracy", "value": round(test["top1"], 4)}],
+                        "metrics": [{"type": name, "value": round(value, 4)}],
                     }
                 ],
             }

@@ -15,6 +15,7 @@ from cakd_cli.engine.hardware import Hardware
 from cakd_cli.engine.stopwatch import Stopwatch
 from cakd_cli.engine.taps import Tapped, locate, student_layers
 from cakd_cli.engine.teacher import Teacher
+from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import Normalisation
 from cakd_cli.losses import Lesson, LossTerm
 
@@ -94,7 +95,7 @@ class Task:
 
         Args:
             images: uint8, (batch, channels, height, width).
-            labels_B: Class indices.
+            labels_B: Class indices, or bool (batch, classes).
             teacher: The teacher's answers in float32, its logits and what its taps give; none if no term needs them.
             epoch: From 1, as the literature counts for warm-up: the first epoch of 20 has weight 1/20.
 
@@ -138,7 +139,7 @@ class Task:
         lessons = self._lessons(student, labels_B, teacher)
         student_BC = lessons[0].student_BC
         total = student_BC.new_zeros(())
-        parts = {"loss": total, "top1": (student_BC.detach().argmax(1) == labels_B).float().mean()}
+        parts = {"loss": total, "top1": metrics.hits(student_BC.detach(), labels_B).float().mean()}
         pulls = []
         for number, (term, lesson) in enumerate(zip(self.weights.at(epoch), lessons, strict=True)):
             key = str(number)

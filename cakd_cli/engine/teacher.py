@@ -193,7 +193,7 @@ def check_teacher(
         )
     top1 = metrics.brief(logits_NC, labels_N)["top1"]
     where = "held-out" if data.validation else "training"
-    if metrics.near_chance(top1, data.num_classes):
+    if metrics.near_chance(top1, metrics.chance(labels_N, data.num_classes)):
         raise InputError(
             f"the teacher {teacher.name} is near chance: top-1 {top1:.1%} on {len(split)} {where} images "
             f"of {data.num_classes} classes",

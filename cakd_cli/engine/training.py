@@ -78,6 +78,12 @@ def prepare(recipe: Recipe) -> Prepared:
             f"of {data.name}",
             hint="give a smaller --batch-size",
         )
+    if data.multi_label:
+        for number, term in enumerate(recipe.loss):
+            if not term.takes_several_labels:
+                raise RecipeError(
+                    f"loss.{number}: {term.type} needs one label an image, and images of {data.name} may have several"
+                )
     data = _place(data, machine)
     torch.manual_seed(recipe.seed)
     student = initial_model(recipe.model, data)

@@ -97,6 +97,11 @@ class LossTerm(BaseModel):
         return self.model_copy(update=update)
 
     @property
+    def takes_several_labels(self) -> bool:
+        """Whether a sample may have several labels, or none."""
+        return True
+
+    @property
     def layer_names(self) -> tuple[tuple[str, str], ...]:
         """Layers that the term compares, (student, teacher); an empty name is the input of a classifier."""
         return ()

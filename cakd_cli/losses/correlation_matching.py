@@ -118,6 +118,11 @@ class CMKDTerm(TeacherTerm):
     difficulty: Difficulty = Field("entropy", description="teacher's entropy, 1 - p_label, or 1 - largest p")
     direction: Direction = Field("ranks-for-hard", description="which samples weigh ranks more; even is the control")
 
+    @property
+    def takes_several_labels(self) -> bool:
+        """Whether the difficulty does without the label."""
+        return self.difficulty != "label"
+
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
         return cmkd(

@@ -16,11 +16,18 @@ from cakd_cli.losses.base import check_target, soften
 
 
 def label(teacher_BC: Tensor, target_B: Tensor) -> Tensor:
-    """Strong is the labelled class alone (DKD; CAKD over logits).
+    """Strong is the labelled class alone (DKD; CAKD over logits), or all of them where a sample has several.
+
+    Args:
+        teacher_BC: Teacher logits.
+        target_B: Class indices, or for several labels a sample bool (batch, classes): the paper of CAKD leaves these
+            open, and with more than one strong class its SCD does not vanish.
 
     Raises:
-        ValueError: If the labels are not one class index per sample.
+        ValueError: If the labels are neither.
     """
+    if target_B.ndim == 2 and target_B.dtype == torch.bool and target_B.shape == teacher_BC.shape:
+        return target_B
     check_target(teacher_BC, target_B)
     classes_C = torch.arange(teacher_BC.shape[1], device=teacher_BC.device)
     return classes_C == target_B.unsqueeze(1)
@@ -101,7 +108,7 @@ class _Grouping(BaseModel):
 
 
 class LabelGrouping(_Grouping):
-    """The labelled class is strong."""
+    """The labelled class is strong, or all labelled classes of a sample."""
 
     type: Literal["label"] = "label"
 

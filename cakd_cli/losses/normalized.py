@@ -65,6 +65,11 @@ class NKDTerm(SoftenedTerm):
     temperature: float = Field(1.0, gt=0, le=1000, description="softening of the other classes")
     gamma: Weight = Field(1.5, description="weight of the other classes")
 
+    @property
+    def takes_several_labels(self) -> bool:
+        """It weighs the probability of one label."""
+        return False
+
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
         return nkd(student_BC, teacher_BC, target_B, temperature=self.temperature, gamma=self.gamma)

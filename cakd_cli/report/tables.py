@@ -161,12 +161,15 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
     if teacher:
         table.add_column(teacher["name"].partition(" of ")[0] + " (teacher)", justify="right")
     for label, key, style in (
+        ("mAP", "map", "{:.2%}"),
         ("top-1", "top1", "{:.2%}"),
         ("top-5", "top5", "{:.2%}"),
         ("NLL (nats)", "nll", "{:.4f}"),
         ("ECE", "ece", "{:.4f}"),
     ):
-        values = [source["quality"][key] for source in (report, teacher) if source]
+        values = [source["quality"][key] for source in (report, teacher) if source and key in source["quality"]]
+        if not values:
+            continue
         table.add_row(label, *(style.format(value) for value in values))
     costs = [source["cost"] for source in (report, teacher) if source]
     table.add_row("parameters", *(f"{value['parameters']:,}" for value in costs))

@@ -93,10 +93,10 @@ def test_better_is_top1_then_likelihood():
 
 
 def test_near_chance():
-    assert metrics.near_chance(0.11, 10)
-    assert not metrics.near_chance(0.2, 10)
-    assert metrics.near_chance(0.51, 2)
-    assert not metrics.near_chance(0.6, 2)
+    assert metrics.near_chance(0.11, 1 / 10)
+    assert not metrics.near_chance(0.2, 1 / 10)
+    assert metrics.near_chance(0.51, 1 / 2)
+    assert not metrics.near_chance(0.6, 1 / 2)
 
 
 def test_flops_count_two_per_multiply_add():
