@@ -56,7 +56,7 @@ def test_its_loss_is_a_loss():
     document = strict_yaml.parse(text)
     base = {"data": {"type": "digits"}, "model": {"type": "resnet8"}}
 
-    assert len(Recipe.model_validate(base | document.value).loss) == 2
+    assert len(Recipe.model_validate(base | document.value).loss) == 4
 
 
 def test_its_error_is_the_error(cakd, tmp_path, monkeypatch):
