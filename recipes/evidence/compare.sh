@@ -2,9 +2,14 @@
 # Makes a table of README.md again: one teacher, then students by four losses and several seeds.
 #
 #   bash recipes/evidence/compare.sh fashion-mnist runs/fashion-mnist --data-root FOLDER
-#   bash recipes/evidence/compare.sh glyphs100 runs/glyphs100 --data tensors:glyphs100.safetensors
+#   LOSSES="cross-entropy kd dkd gdkd cmkd dist cakd" \
+#       bash recipes/evidence/compare.sh glyphs100 runs/glyphs100 --data tensors:glyphs100.safetensors
 #
-# SEEDS="0 1 2" says which seeds, JOBS=4 how many students train at a time. Killed, it goes on where it was.
+#   LOSSES="cross-entropy kd dkd cakd-logits" \
+#       bash recipes/evidence/compare.sh several-digits runs/several --data tensors:several-digits.safetensors
+#
+# LOSSES says which, SEEDS="0 1 2" which seeds, JOBS=4 how many students train at a time. Killed, it goes on where it
+# was.
 set -euo pipefail
 name=$1 out=$2
 shift 2
@@ -18,10 +23,11 @@ student() {
     cakd eval "$out/$loss-$seed" --teacher "$out/teacher" --json > "$out/$loss-$seed.json"
 }
 export -f student
-for loss in cross-entropy kd dkd cakd; do
-    for seed in ${SEEDS:-0 1 2}; do
+LOSSES=${LOSSES:-cross-entropy kd dkd cakd}
+for seed in ${SEEDS:-0 1 2}; do
+    for loss in $LOSSES; do
         printf '%s\0' "$loss $seed"
     done
 done | xargs -0 -P "${JOBS:-1}" -I{} bash -euc 'student $1 "${@:2}"' student {} "$name" "$out" "$@"
-cakd export "$out/cakd-0" --format onnx
-python3 "$here/summary.py" "$out"
+cakd export "$out/${LOSSES##* }-0" --format onnx
+python3 "$here/summary.py" "$out" $LOSSES

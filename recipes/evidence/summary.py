@@ -5,19 +5,22 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = ("top1", "agreement", "ece", "kl", "bcd", "scd", "wcd")
-SHARES = ("top1", "agreement")
+COLUMNS = ("map", "top1", "agreement", "ece", "kl", "bcd", "scd", "wcd")
+SHARES = ("map", "top1", "agreement")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, losses: list[str]) -> None:
     """Print one row a method."""
     write = sys.stdout.write
-    write(f"| student | n | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}\n")
-    for loss in ("cross-entropy", "kd", "dkd", "cakd"):
-        reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{loss}-*.json"))]
+    columns: list[str] = []
+    for loss in losses:
+        reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{loss}-[0-9].json"))]
         figures = [report["quality"] | report["teacher"]["fidelity"] for report in reports]
+        if not columns:
+            columns = [column for column in COLUMNS if column in figures[0]]
+            write(f"| student | n | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}\n")
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             values = [figure[column] * (100 if column in SHARES else 1) for figure in figures]
             digits = 2 if column in SHARES else 4
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -28,4 +31,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
