@@ -52,9 +52,10 @@ PAIRS = (
 )
 
 
-def test_every_pair_has_published_settings():
+def test_every_pair_has_published_settings_and_a_recipe():
     names = published.names()
 
+    assert {f"cifar100/{pair}" for pair in PAIRS} <= set(NAMES)
     assert [name for name in names if name.startswith("cifar100/")] == [f"cifar100/{pair}" for pair in PAIRS]
     assert [name for name in names if name.startswith("imagenet/")] == [
         "imagenet/resnet34-resnet18",

@@ -5,12 +5,26 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from cakd_cli.models.base import ModelSpec
+from cakd_cli.models.bottleneck_resnet import BottleneckResNetSpec
 from cakd_cli.models.external import ExternalSpec, TimmSpec, TorchvisionSpec, load_but_head
+from cakd_cli.models.mobilenet import MobileNetSpec
 from cakd_cli.models.resnet import ResNetSpec
+from cakd_cli.models.shufflenet import ShuffleNetSpec
+from cakd_cli.models.vgg import VGGSpec
 from cakd_cli.models.weights import load_state, read_state
 from cakd_cli.models.wide_resnet import WideResNetSpec
 
-ModelOptions = Annotated[ResNetSpec | WideResNetSpec | TorchvisionSpec | TimmSpec, Field(discriminator="type")]
+ModelOptions = Annotated[
+    ResNetSpec
+    | BottleneckResNetSpec
+    | WideResNetSpec
+    | VGGSpec
+    | MobileNetSpec
+    | ShuffleNetSpec
+    | TorchvisionSpec
+    | TimmSpec,
+    Field(discriminator="type"),
+]
 
 # The union is the registry.
 SPECS: tuple[type[ModelSpec], ...] = get_args(get_args(ModelOptions)[0])
@@ -23,12 +37,16 @@ def names() -> dict[str, type[ModelSpec]]:
 
 __all__ = [
     "SPECS",
+    "BottleneckResNetSpec",
     "ExternalSpec",
+    "MobileNetSpec",
     "ModelOptions",
     "ModelSpec",
     "ResNetSpec",
+    "ShuffleNetSpec",
     "TimmSpec",
     "TorchvisionSpec",
+    "VGGSpec",
     "WideResNetSpec",
     "load_but_head",
     "load_state",
