@@ -83,7 +83,8 @@ class CAKDFeaturesTerm(LossTerm):
         "cakd": (
             {"type": "cross-entropy"},
             {"type": "cakd", "warmup_epochs": "auto"},
-            {"type": "cakd-features", "warmup_epochs": "auto"},
+            # 20 and beta 2 are the search's; the paper gives neither.
+            {"type": "cakd-features", "weight": 20.0, "warmup_epochs": "auto"},
         )
     }
 
@@ -98,7 +99,7 @@ class CAKDFeaturesTerm(LossTerm):
     )
     mask: Mask = Field("classifier-evidence", description="how the teacher tells strong elements from weak ones")
     alpha: Weight = Field(1.0, description="weight of feature_scd, inside the strong elements")
-    beta: Weight = Field(1.0, description="weight of feature_wcd, inside the weak elements")
+    beta: Weight = Field(2.0, description="weight of feature_wcd, inside the weak elements")
     temperature: float = Field(1.0, gt=0, le=1000, description="softening of both networks' features")
     standardise: bool = Field(True, description="z-score both networks' features over the elements first")
     scale_by_mass: bool = Field(False, description="weigh both inner parts by the teacher's mass of their set as well")

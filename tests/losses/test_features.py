@@ -76,7 +76,7 @@ def test_one_layer_is_cakd_of_its_elements(standard):
 
 
 def test_layers_are_summed_and_projected_where_widths_differ():
-    term = CAKDFeaturesTerm(layers=[{"student": "a", "teacher": "b"}] * 2, mask="activation", standardise=False)
+    term = CAKDFeaturesTerm(beta=1, layers=[{"student": "a", "teacher": "b"}] * 2, mask="activation", standardise=False)
     learner = term.learner([8, 3], [8, 5], None).double()
     (one, other, theirs, more) = draw(8, 3, 8, 5)
 
