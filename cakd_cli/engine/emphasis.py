@@ -42,7 +42,7 @@ class Weights:
         return min(epoch / epochs, 1.0) if epochs else 1.0
 
     def _lags(self, number: int, term: LossTerm) -> dict[str, float]:
-        names = {part: part_name(number, part) for part in term.weighs.values()}
+        names = {part: part_name(number, part) for part in (*term.weighs.values(), *term.beside)}
         if not all(name in self._first and name in self._latest for name in names.values()):
             return {}
         return lags(*({part: seen[name] for part, name in names.items()} for seen in (self._first, self._latest)))

@@ -258,6 +258,7 @@ class Trainer:
             "part_names": self.part_names,
             "best": self.best,
             "weights": self.task.weights.state(),
+            "pulls": {"epoch": self.task.pulls_epoch, "values": self.task.pulls.tolist(), "said": self._balance_said},
         }
         self.run.save_checkpoint(Checkpoint(self.task.student.state_dict(), training, self.best_state, state))
         self._saved_at = time.monotonic()
@@ -291,7 +292,11 @@ class Trainer:
         if not (0 <= self.epoch <= self.recipe.engine.epochs and 0 <= self.step < self.steps_per_epoch):
             raise ValueError(f"epoch {self.epoch}, step {self.step} lies outside the run")
         self.part_names, self.best = checkpoint.state["part_names"], checkpoint.state["best"]
-        self.task.weights.restore(checkpoint.state["weights"])
+        if "pulls" in checkpoint.state:  # which an earlier version did not save
+            self.task.weights.restore(checkpoint.state["weights"])
+            pulls = checkpoint.state["pulls"]
+            self.task.pulls_epoch, self._balance_said = pulls["epoch"], pulls["said"]
+            self.task.pulls = torch.tensor(pulls["values"], device=self.hardware.device)
         self.best_state = checkpoint.best
 
 

@@ -98,7 +98,8 @@ class Tapped(nn.Module):
         if self.taps[number].importance and not value.requires_grad:
             value = value.detach().requires_grad_()
         self._heard[number] = value
-        return value
+        # What follows may work in place.
+        return value.clone()
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images to rows (batch, classes + elements of every tap), float32."""
@@ -136,9 +137,14 @@ class Tapped(nn.Module):
 
 
 def pooled(value: Tensor) -> Tensor:
-    """Average a layer's answer over positions or tokens, to (batch, elements)."""
+    """Average a layer's answer over positions or tokens, to (batch, elements).
+
+    Of a map with channels last, as Swin's, the two equal sizes in the middle give the positions away; a map that is
+    not square is taken for one with channels first.
+    """
     if value.ndim == 4:
-        return value.mean((2, 3))
+        last = value.shape[1] == value.shape[2] != value.shape[3]
+        return value.mean((1, 2) if last else (2, 3))
     return value.mean(1) if value.ndim == 3 else value.flatten(1)
 
 
@@ -182,11 +188,11 @@ def locate(
         if tap.layer not in modules:
             raise RecipeError(f"{name} has no layer '{tap.layer}'", hint=nearest(tap.layer, [*modules][1:]))
         try:
-            row = Tapped(copy.deepcopy(network).eval(), [Tap(tap.layer, tap.of_input)])(image)
+            row = Tapped(copy.deepcopy(network).eval(), [tap])(image)
         except (RuntimeError, AttributeError, TypeError) as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise RecipeError(f"layer '{tap.layer}' of {name} cannot be tapped: {why}") from error
-        count = row.shape[1] - num_classes
+        count = (row.shape[1] - num_classes) // (2 if tap.importance else 1)
         taps.append(tap)
         sizes += [count, count] if tap.importance else [count]
     return tuple(taps), tuple(sizes)

@@ -18,6 +18,7 @@ from cakd_cli.engine.teacher import Teacher
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.predict import Normalisation
 from cakd_cli.losses import Lesson, LossTerm
+from cakd_cli.losses.emphasis import Emphasis
 
 # A term that pulls less than this share of another is worth a warning.
 _FAINT = 0.01
@@ -38,6 +39,7 @@ class Task:
         weights: What each term weighs in an epoch.
         pulls: How strongly each term pulled at the logits in the first batch of the latest epoch: the Frobenius norm of
             the gradient, weight included; -1 for a term that does not look at the logits.
+        pulls_epoch: That epoch.
         learners: What terms learn themselves, by their number; trained with the student and no part of it.
 
     Raises:
@@ -64,7 +66,7 @@ class Task:
         self._forward: Callable[[Tensor], Tensor] = self.network
         self.weights = Weights(terms)
         self._names: dict[tuple[int, str], str] = {}  # of parts, by term and its own name for them
-        self._balance_epoch = 0
+        self.pulls_epoch = 0
         self.pulls = torch.zeros(len(terms), device=hardware.device)
         self.learners = self._make_learners(teacher).to(hardware.device)
 
@@ -146,7 +148,7 @@ class Task:
             learner = self.learners[key] if key in self.learners else None  # noqa: SIM401 - it has no get
             output = term.learn(lesson, learner)
             weighted = term.weight * output.total
-            if self._balance_epoch != epoch and student_BC.requires_grad:
+            if self.pulls_epoch != epoch and student_BC.requires_grad:
                 pulls.append(_norm_of_gradient(weighted, student_BC))
             total = total + weighted
             for name, part in output.parts.items():
@@ -155,7 +157,7 @@ class Task:
                 parts[unique] = part.detach()
                 self._names[number, name] = unique
         if pulls:
-            self._balance_epoch, self.pulls = epoch, torch.stack(pulls)
+            self.pulls_epoch, self.pulls = epoch, torch.stack(pulls)
         parts["loss"] = total.detach()
         return total, parts
 
@@ -169,8 +171,16 @@ class Task:
         return {f"{number}.{term.type}": pull for number, (term, pull) in enumerate(named) if pull >= 0}
 
     def imbalance(self, pulls: Sequence[float]) -> list[str]:
-        """Say which terms of the first epoch hardly count beside another, also once their warm-up is over."""
-        full = self.balance([pull / self.weights.warmup(number, 1) for number, pull in enumerate(pulls)])
+        """Say which terms of the first epoch hardly count beside another, also once their warm-up is over.
+
+        Terms whose weight changes by a schedule are left out: the first epoch says little of them.
+        """
+        full = self.balance(
+            [
+                -1.0 if isinstance(term.weight, Emphasis) else pull / self.weights.warmup(number, 1)
+                for number, (term, pull) in enumerate(zip(self.terms, pulls, strict=True))
+            ]
+        )
         strongest = max(full, key=full.__getitem__, default="")
         return [
             f"warning: the loss term {name} pulls at the logits with {pull:.1e}, {strongest} with "

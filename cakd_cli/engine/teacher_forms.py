@@ -6,6 +6,8 @@ folded-bf16   folded, with weights and images in bf16 instead of autocast
 folded-fp32   folded, in float32 although the recipe says bf16: faster where bf16 is emulated
 folded-nchw   folded, in the layout of channels first
 compiled      folded, then compiled
+
+A teacher whose inner layers are tapped has the plain form alone: folding changes what layers say.
 """
 
 import contextlib
@@ -50,6 +52,8 @@ class Form:
     """
 
     def __init__(self, teacher: Teacher, name: str, hardware: Hardware) -> None:
+        if name != "plain" and any(not tap.of_input for tap in teacher.taps):
+            raise ValueError("layers inside a network are not what they were once it is folded")
         self.name = name
         if name in ("folded-fp32", "folded-bf16"):
             hardware = replace(hardware, precision="fp32")
@@ -100,14 +104,15 @@ def choose(
         float32: Whether answers with the digits of float32 are of use where the recipe says bf16.
 
     Returns:
-        The form, and why it was taken; empty where the answers take too little time for it to matter.
+        The form, and why it was taken; empty where the answers take too little time for it to matter, or no other
+        can be.
     """
     plain = Form(teacher, "plain", hardware)
     images = images[:_SAMPLE]
     plain(images)  # the first call of a kernel is not like the others
     seconds = {"plain": _seconds(plain, images, hardware)}
     expected = seconds["plain"] / len(images) * asks
-    if expected < WORTH_MEASURING_SECONDS:
+    if expected < WORTH_MEASURING_SECONDS or any(not tap.of_input for tap in teacher.taps):
         return plain, ""
     exact = Form(teacher, "plain", hardware.full_precision())(images)
     bar = max(_SLACK * _distance(plain(images), exact, teacher.sizes), _FLOOR)

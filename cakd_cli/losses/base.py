@@ -70,6 +70,8 @@ class LossTerm(BaseModel):
 
     # Which part each weight is of, where parts of a term are weighed.
     weighs: ClassVar[Mapping[str, str]] = {}
+    # Parts without a weight of their own that an adaptive weight compares its part with as well.
+    beside: ClassVar[Sequence[str]] = ()
 
     type: str
     weight: Weight = Field(1.0, description="factor on this term")
@@ -173,7 +175,7 @@ def standardise(logits_BC: Tensor) -> Tensor:
     """Z-score logits over the classes: (z - mean) / (std + 1e-7), in float32 at least (LSKD, arXiv 2403.01427 eq. 8).
 
     The deviation is the unbiased one, and gradients flow through mean and deviation. Logits that are all equal
-    become 0. With two classes the result is +-0.707 whatever the logits were.
+    become equal numbers near 0. With two classes the result is +-0.707 whatever the logits were.
     """
     logits_BC = soften(logits_BC, 1.0)
     # Squares of large logits would overflow: the size cancels.

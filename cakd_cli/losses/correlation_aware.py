@@ -3,7 +3,7 @@
 Shape suffixes: B batch, C classes (or any softmaxed elements).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -79,6 +79,7 @@ class CAKDTerm(SoftenedTerm):
         "cakd-logits": "CAKD's first half: the label against the rest, and the rest by itself."
     }
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "scd", "beta": "wcd"}
+    beside: ClassVar[Sequence[str]] = ("bcd",)
 
     type: Literal["cakd"] = "cakd"
     alpha: Weight = Field(1.0, description="weight of scd, inside the strong classes")

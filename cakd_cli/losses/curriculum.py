@@ -97,8 +97,8 @@ class CTKDTerm(LossTerm):
     t_start: float = Field(1.0, gt=0, le=1000, description="lower end of the temperature")
     t_end: float = Field(20.0, gt=0, le=1000, description="width of the temperature's range")
     reversal: Weight = Field(  # type: ignore[assignment]
-        CosineEmphasis(start=0.0, end=1.0, epochs=10.0),
-        description="how much the temperature works against the student; the paper's goes from 0 to 1 in 10 epochs",
+        CosineEmphasis(start=0.0, end=1.0, epochs=11.0),
+        description="how much the temperature works against the student; the official code is an epoch ahead",
     )
 
     def learner(

@@ -39,7 +39,8 @@ def classifier_evidence(features_BD: Tensor, logits_BC: Tensor, weight_CD: Tenso
 
 def above_mean(values_BD: Tensor) -> Tensor:
     """Strong are the elements above their row's mean; none where all are equal."""
-    return values_BD > values_BD.mean(1, keepdim=True)
+    # A mean may round to below values that are all equal.
+    return (values_BD > values_BD.mean(1, keepdim=True)) & (values_BD > values_BD.amin(1, keepdim=True))
 
 
 def activation(features_BD: Tensor, temperature: float) -> Tensor:
@@ -92,6 +93,7 @@ class CAKDFeaturesTerm(LossTerm):
         "cakd": "CAKD as its paper has it: over logits with S = {label}, and over features."
     }
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "feature_scd", "beta": "feature_wcd"}
+    beside: ClassVar[Sequence[str]] = ("feature_bcd",)
 
     type: Literal["cakd-features"] = "cakd-features"
     layers: tuple[LayerPair, ...] = Field(
@@ -158,4 +160,4 @@ class CAKDFeaturesTerm(LossTerm):
             return classifier_evidence(features_BD, lesson.teacher_BC, learner.weight_CD)
         if self.mask == "grad-cam":
             return above_mean(lesson.importance[i])
-        return activation(features_BD, self.temperature)
+        return activation(self._prepared(features_BD), self.temperature)

@@ -62,7 +62,8 @@ def auto_k(
     num_classes = teacher_BC.shape[1]
     ascending_BC = soften(teacher_BC, temperature).softmax(1).sort(dim=1).values
     count_C = torch.arange(1, num_classes + 1, device=teacher_BC.device)
-    above_BC = ascending_BC * count_C >= ratio_threshold * ascending_BC.cumsum(1)
+    # Probabilities that have underflowed to 0 stand out from nothing.
+    above_BC = (ascending_BC * count_C >= ratio_threshold * ascending_BC.cumsum(1)) & (ascending_BC > 0)
     # argmax finds the first of several equal values.
     k_B = num_classes - above_BC.int().argmax(1)
     return torch.where(above_BC.any(1), k_B.clamp(max=topk_cap), 1)

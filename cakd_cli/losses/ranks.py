@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cakd_cli.losses.base import LossOutput, check_pair, pearson, soften, standardise
 
-# Elements of the largest intermediate tensor: 64 MB in float32.
+# Elements of the largest intermediate tensor, 64 MB in float32, up to 4,096 classes; a row alone may need more.
 _MOST_ELEMENTS = 2**24
 
 

@@ -56,7 +56,7 @@ def _several_labels(student_BC: Tensor, positive_BC: Tensor, label_smoothing: fl
     count_B1 = target_BC.sum(1, keepdim=True)
     even_BC = target_BC / count_B1.clamp(min=1)
     smooth_BC = even_BC * (1 - label_smoothing) + label_smoothing / student_BC.shape[1] * (count_B1 > 0)
-    return -(smooth_BC * student_BC.log_softmax(1)).sum(1).mean()
+    return -(smooth_BC * student_BC.log_softmax(1)).sum() / (count_B1 > 0).sum().clamp(min=1)
 
 
 class CrossEntropyTerm(LossTerm):

@@ -51,6 +51,7 @@ def assert_same_run(left: Path, right: Path):
         assert torch.equal(tensor, load_file(right / "model.safetensors")[name]), name
     for one, other in zip(lines(left), lines(right), strict=True):
         assert one["train"] == other["train"]
+        assert one.get("pull") == other.get("pull")
         assert one["validation"] == other["validation"]
     metrics = [json.loads((path / "run.json").read_text())["metrics"] for path in (left, right)]
     assert metrics[0] == metrics[1]

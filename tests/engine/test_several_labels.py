@@ -37,7 +37,8 @@ def test_softmax_spreads_the_target_evenly_and_leaves_empty_samples_out():
 
     log = student.log_softmax(1)
     naive = [-log[i][positive[i]].mean() for i in range(1, 6) if positive[i].any()]
-    assert_close(loss, sum(naive) / 6)
+    assert 0 < len(naive) < 6
+    assert_close(loss, sum(naive) / len(naive))
 
 
 def test_one_label_of_several_is_the_ordinary_cross_entropy():

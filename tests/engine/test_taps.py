@@ -97,6 +97,57 @@ def test_a_copy_tells_itself(network, images):
     assert_close(alone(images), network(images))
 
 
+@pytest.mark.parametrize("importance", [False, True])
+def test_what_follows_in_place_does_not_touch_what_was_heard(images, importance):
+    """The block adds its shortcut to this batch norm's output and cuts it at 0, both in place."""
+    network = resolve([], {"data": "digits", "model": "torchvision:resnet18"}).model
+    network = network.build(in_channels=3, num_classes=10).eval()
+    tap = Tap("layer4.1.bn2", importance=importance)
+    (tap,), sizes = locate(network, [tap], 10, images[:1], name="it")
+
+    row = Tapped(network, [tap])(images)
+
+    told = []
+    network.layer4[1].bn2.register_forward_hook(lambda module, inputs, output: told.append(output.clone()))
+    logits = network(images)
+    assert sizes == ((10, 512, 512) if importance else (10, 512))
+    assert_close(row[:, :10], logits)
+    assert_close(row[:, 10:522], told[0].mean((2, 3)))
+    assert (row[:, 10:522] < 0).any()
+
+
+def test_channels_may_come_last(images):
+    class Last(torch.nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.fc = Last(), torch.nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.fc(self.last(x).mean((1, 2)))
+
+    taps, sizes = locate(Network(), [Tap("last"), None], 10, images[:1], name="it")
+    row = Tapped(Network(), taps)(images)
+
+    assert sizes == (10, 3, 3)
+    assert_close(row[:, 10:13], images.mean((2, 3)))
+
+
+@pytest.mark.parametrize("layer", ["layer2", "layer3.0.conv2"])
+def test_inner_layers_keep_the_teacher_plain(cakd, words, tmp_path, layer):
+    pair = "{student: layer2, teacher: " + layer + "}"
+    loss = "loss.2={type: cakd-features, mask: activation, layers: [" + pair + "]}"
+
+    asked = cakd(*words, loss, "engine.teacher_form=folded", "--out", tmp_path / "run")
+
+    assert asked.code == 3
+    assert "the teacher cannot take the form 'folded': layers inside a network are not what they were" in asked.err
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
 @pytest.mark.slow
 def test_compiled_rows_are_the_same(network, images):
     tapped = Tapped(network, [FEATURES, Tap("layer2")])

@@ -92,3 +92,12 @@ def test_constant_terms_are_left_alone():
 def test_wrong_emphasis(make, message):
     with pytest.raises(ValidationError, match=message):
         make()
+
+
+def test_a_weight_adapts_to_parts_that_have_no_weight_too():
+    """With S = {label} there is nothing inside the strong classes: only bcd is beside wcd."""
+    weights = Weights([CAKDTerm(beta={"type": "adaptive", "base": 8})])
+    weights.hear({"0.bcd": 1.0, "0.scd": 0.0, "0.wcd": 1.0})
+    weights.hear({"0.bcd": 0.25, "0.scd": 0.0, "0.wcd": 0.5})
+
+    assert weights.at(3)[0].beta == pytest.approx(16)

@@ -253,6 +253,13 @@ def test_ties_at_the_edge_of_the_top_pick_exactly_k():
     assert grouping.auto_k(teacher).tolist() == [1, 1]
 
 
+def test_probabilities_that_have_underflowed_do_not_stand_out():
+    teacher = torch.zeros(1, 100)
+    teacher[0, 0] = 200.0
+
+    assert grouping.auto_k(teacher).tolist() == [1]
+
+
 def test_reverse_kl_is_the_kl_the_other_way_round():
     student, teacher, _ = draw()
     p, q = ((x / 4).log_softmax(1) for x in (teacher, student))
