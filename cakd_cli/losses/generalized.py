@@ -63,11 +63,8 @@ def gdkd(
     Raises:
         ValueError: If shapes do not fit or a setting is out of range.
     """
-    rest_BC = (~_top(teacher_BC, k, strategy)).long()
-    split = decouple(student_BC, teacher_BC, rest_BC, num_groups=2, temperature=temperature, kl_type=kl_type)
-    high = temperature**2 * split.between_B.mean()
-    low_top, low_other = temperature**2 * split.within_BK.mean(0)
-    return _weighted(high, low_top, low_other, w0, w1, w2)
+    logits = {"student": student_BC, "teacher": teacher_BC}
+    return _sum(_split(logits, _top(teacher_BC, k, strategy), temperature, kl_type), temperature, w0, w1, w2)
 
 
 def gdkd3(
@@ -159,11 +156,8 @@ def gdkd_auto_k(
     """
     check_pair(student_BC, teacher_BC, temperature)
     k_B = grouping.auto_k(teacher_BC, ratio_threshold=ratio_threshold, topk_cap=topk_cap, temperature=temperature)
-    rest_BC = (~grouping.ranked_below(teacher_BC, k_B)).long()
-    split = decouple(student_BC, teacher_BC, rest_BC, num_groups=2, temperature=temperature, kl_type=kl_type)
-    high = temperature**2 * split.between_B.mean()
-    low_top, low_other = temperature**2 * split.within_BK.mean(0)
-    return _weighted(high, low_top, low_other, w0, w1, w2)
+    logits = {"student": student_BC, "teacher": teacher_BC}
+    return _sum(_split(logits, grouping.ranked_below(teacher_BC, k_B), temperature, kl_type), temperature, w0, w1, w2)
 
 
 def ls_gdkd(
@@ -241,6 +235,12 @@ def _top(teacher_BC: Tensor, k: int, strategy: Strategy) -> Tensor:
     if strategy not in ("best", "worst"):
         raise ValueError(f"strategy must be best or worst, got {strategy!r}")
     return grouping.top_k(teacher_BC if strategy == "best" else -teacher_BC, k)
+
+
+def _sum(split: Decoupling, temperature: float, w0: float, w1: float, w2: float) -> LossOutput:
+    high = temperature**2 * split.between_B.mean()
+    low_top, low_other = temperature**2 * split.within_BK.mean(0)
+    return _weighted(high, low_top, low_other, w0, w1, w2)
 
 
 def _weighted(high: Tensor, low_top: Tensor, low_other: Tensor, w0: float, w1: float, w2: float) -> LossOutput:
