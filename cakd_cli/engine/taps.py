@@ -186,7 +186,7 @@ def locate(
         tap = layer or Tap(find_classifier(network, num_classes, name=name), of_input=True)
         modules = dict(network.named_modules())
         if tap.layer not in modules:
-            raise RecipeError(f"{name} has no layer '{tap.layer}'", hint=nearest(tap.layer, [*modules][1:]))
+            raise RecipeError(f"{name} has no layer '{tap.layer}'", hint=_near_layers(modules, tap.layer))
         try:
             row = Tapped(copy.deepcopy(network).eval(), [tap])(image)
         except (RuntimeError, AttributeError, TypeError) as error:
@@ -196,6 +196,15 @@ def locate(
         taps.append(tap)
         sizes += [count, count] if tap.importance else [count]
     return tuple(taps), tuple(sizes)
+
+
+def _near_layers(modules: dict[str, nn.Module], layer: str) -> str:
+    # Hundreds of names help nobody: those beside where the wrong one would be.
+    parent = layer
+    while parent not in modules:
+        parent = parent.rpartition(".")[0]
+    beside = [f"{parent}.{child}".lstrip(".") for child, _ in modules[parent].named_children()]
+    return f"{nearest(layer, beside)} (or a layer inside one)" if beside else f"{parent} has no layers inside"
 
 
 def find_classifier(network: nn.Module, num_classes: int, *, name: str) -> str:

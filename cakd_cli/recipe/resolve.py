@@ -317,14 +317,15 @@ def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
             return f"no '{word}' here; {nearest(str(word), known)}{note}"
     if "union_tag_not_found" in kinds:
         return f"needs a key 'type', got {given!r}"
-    message = " or ".join(dict.fromkeys(_lower(detail["msg"]) for detail in group))
+    message = " or ".join(dict.fromkeys(_in_words_of_yaml(detail["msg"]) for detail in group))
     if set(kinds) == {"value_error"}:  # of several keys together, which it names
         return message.removeprefix("value error, ")
     return f"{message}, got {given!r}{note}"
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:].removesuffix(".")
+def _in_words_of_yaml(message: str) -> str:
+    message = message[:1].lower() + message[1:].removesuffix(".")
+    return message.replace("tuple", "list").replace(" after validation", "")
 
 
 def _value_at(keys: Keys, raw: Any) -> Any:
@@ -399,7 +400,8 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
     if recipe.schedule.warmup_epochs > engine.epochs:
         wrong(
             ("schedule", "warmup_epochs"),
-            f"is {recipe.schedule.warmup_epochs:g}, longer than the run of {engine.epochs} epochs",
+            f"is {recipe.schedule.warmup_epochs:g}, longer than the run of {engine.epochs} epochs; "
+            "set schedule.warmup_epochs=0",
         )
     for i, term in enumerate(recipe.loss):
         if term.warmup_epochs != "auto" and term.warmup_epochs > engine.epochs:

@@ -111,7 +111,7 @@ def test_a_student_of_two(cakd, toy_file, toy_teacher, second_teacher, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["teacher=[a]", "loss=kd"], "teacher.members: tuple should have at least 2 items"),
+        (["teacher=[a]", "loss=kd"], "teacher.members: list should have at least 2 items, not 1"),
         (["teacher=[a, b]", "teacher.weights=[1]", "loss=kd"], "there are 2 members and 1 weights"),
         (["teacher=[a, resnet8]", "loss=kd"], "teacher: resnet8 has fresh weights"),
         (["teacher=[a, b]", "loss=cakd"], "features are compared with one"),

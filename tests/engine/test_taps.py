@@ -198,6 +198,26 @@ def test_layers_that_cannot_be_tapped(network, images, layer, message):
         locate(Odd(), [layer], 10, images[:1], name="it")
 
 
+@pytest.mark.parametrize(
+    ("layer", "hint"),
+    [
+        ("layr1", "did you mean layer1"),
+        ("stages", "choose from first, layer1 (or a layer inside one)"),
+        ("layer1.activation", "choose from layer1.0, layer1.1 (or"),
+        ("first.deeper", "first has no layers inside"),
+    ],
+)
+def test_a_wrong_layer_is_answered_with_those_beside_it(images, layer, hint):
+    network = torch.nn.Sequential()
+    network.add_module("first", torch.nn.Flatten())
+    network.add_module("layer1", torch.nn.Sequential(torch.nn.ReLU(), torch.nn.LazyLinear(10)))
+
+    with pytest.raises(RecipeError) as caught:
+        locate(network, [Tap(layer)], 10, images[:1], name="it")
+
+    assert hint in caught.value.hint
+
+
 def test_a_network_without_a_linear_classifier(images):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
