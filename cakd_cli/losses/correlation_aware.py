@@ -75,9 +75,7 @@ class CAKDTerm(SoftenedTerm):
         "cakd-logits": ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"})
     }
 
-    summaries: ClassVar[Mapping[str, str]] = {
-        "cakd-logits": "CAKD's first half: the label against the rest, and the rest by itself."
-    }
+    summaries: ClassVar[Mapping[str, str]] = {"cakd-logits": "CAKD's first half, over logits with S = {label}."}
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "scd", "beta": "wcd"}
     beside: ClassVar[Sequence[str]] = ("bcd",)
 

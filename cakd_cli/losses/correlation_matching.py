@@ -104,7 +104,7 @@ def sample_difficulty(teacher_BC: Tensor, target_B: Tensor, *, measure: Difficul
 
 
 class CMKDTerm(TeacherTerm):
-    """Values for easy samples, ranks for hard ones: Pearson and Spearman correlation by difficulty."""
+    """Pearson correlation for easy samples, Spearman for hard ones."""
 
     paper = "arXiv 2410.06561; measure and direction of the difficulty, T and epsilon are inferred"
     formula = "T^2 mean [(1 - w) (1 - rho(softmax(u_s / T), softmax(u_t / T))) + w (1 - rho(rank u_s, rank u_t))]"

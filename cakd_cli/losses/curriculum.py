@@ -84,7 +84,7 @@ class LearntTemperature(nn.Module):
 
 
 class CTKDTerm(LossTerm):
-    """KD at a temperature that is learnt against the student, more and more."""
+    """KD at a temperature that is learnt against the student."""
 
     paper = "Li et al. 2023, arXiv 2211.16231; its global temperature"
     formula = "T^2 mean KL(p_teacher || p_student),  T = t_start + t_end sigmoid(theta), d theta times -reversal"

@@ -76,7 +76,7 @@ def dkd_mod(
 
 
 class DKDTerm(SoftenedTerm):
-    """Label against the rest, and the rest by itself, weighted freely."""
+    """The label against the rest, and the rest, weighted freely."""
 
     paper = "Zhao et al. 2022, arXiv 2203.08679"
     formula = "alpha T^2 mean KL(b) + beta T^2 mean KL(rest),  b = (p_label, 1 - p_label)"

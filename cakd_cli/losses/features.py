@@ -89,9 +89,7 @@ class CAKDFeaturesTerm(LossTerm):
         )
     }
 
-    summaries: ClassVar[Mapping[str, str]] = {
-        "cakd": "CAKD as its paper has it: over logits with S = {label}, and over features."
-    }
+    summaries: ClassVar[Mapping[str, str]] = {"cakd": "CAKD as its paper has it, over logits and over features."}
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "feature_scd", "beta": "feature_wcd"}
     beside: ClassVar[Sequence[str]] = ("feature_bcd",)
 

@@ -263,7 +263,7 @@ class _GeneralizedTerm(SoftenedTerm):
 
 
 class GDKDTerm(_GeneralizedTerm):
-    """The teacher's k largest logits against the rest, and each by itself, weighted freely."""
+    """The teacher's top k logits and the rest, weighted freely."""
 
     formula = "w0 T^2 mean KL(b) + w1 T^2 mean KL(top k) + w2 T^2 mean KL(rest),  b = masses of top k and rest"
     # Defaults of the official cfg.py; 20 of 240 epochs of warm-up.
@@ -288,7 +288,7 @@ class GDKDTerm(_GeneralizedTerm):
 
 
 class GDKD3Term(_GeneralizedTerm):
-    """Three groups: the teacher's top class, its 2nd to k-th, the rest."""
+    """GDKD of three groups: the top class, the 2nd to k-th, the rest."""
 
     formula = "w0 T^2 mean KL(b) + w1 T^2 mean KL(2nd to k-th) + w2 T^2 mean KL(rest),  b = three masses"
     objectives: ClassVar[Objectives] = {
@@ -304,7 +304,7 @@ class GDKD3Term(_GeneralizedTerm):
 
 
 class GDKDAutoKTerm(_GeneralizedTerm):
-    """GDKD with as many classes at the top as stand out in each sample."""
+    """GDKD whose k is how many classes stand out in each sample."""
 
     formula = "as gdkd; k = number of classes from the first p_j >= ratio_threshold mean(p_1..p_j), p ascending"
     objectives: ClassVar[Objectives] = {
@@ -329,7 +329,7 @@ class GDKDAutoKTerm(_GeneralizedTerm):
 
 
 class GDKDAutoWTerm(SoftenedTerm):
-    """GDKD whose inner parts are weighed by the teacher's mass of their group."""
+    """GDKD whose inner parts weigh by the teacher's mass of each."""
 
     paper = "arXiv 2512.04625 (IEEE TNNLS 2026), its repository's GDKDAutoW"
     formula = "T^2 mean (KL(b) + m1 b_top KL(top k) + m2 b_rest KL(rest));  v2: w1 for m1 b_top;  v3: w2 for m2 b_rest"

@@ -230,7 +230,7 @@ def _masked_gram(
 
 
 class MLKDTerm(TeacherTerm):
-    """KD at several temperatures with the Gram matrices of samples and classes, on one view of each image."""
+    """KD and Gram matrices at several temperatures, on one view."""
 
     paper = "Jin et al. 2023, CVPR, Multi-Level Logit Distillation"
     formula = "sum_T [T^2 mean KL + |P_t' P_t - P_s' P_s|^2 / C + |P_t P_t' - P_s P_s'|^2 / B]"

@@ -55,7 +55,7 @@ def _log_rest(logits_BC: Tensor, label_BC: Tensor, temperature: float) -> Tensor
 
 
 class NKDTerm(SoftenedTerm):
-    """The label's probability as the teacher gives it, and the other classes normalised among themselves."""
+    """The label as the teacher gives it, the others normalised."""
 
     paper = "Yang et al. 2023, arXiv 2303.13005"
     formula = "-mean p_t[y] log p_s[y] - gamma T^2 mean sum_rest q_t log q_s,  q over the other classes"

@@ -41,7 +41,7 @@ def dist(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float, beta: fl
 
 
 class DISTTerm(SoftenedTerm):
-    """Correlation of probabilities over the classes and over the batch."""
+    """Correlation of probabilities, over classes and over the batch."""
 
     paper = "Huang et al. 2022, arXiv 2205.10536"
     formula = "beta T^2 (1 - mean_samples rho(p_student, p_teacher)) + gamma T^2 (1 - mean_classes rho over the batch)"

@@ -1,5 +1,6 @@
 """Tables for a terminal of 80 columns."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,29 +15,48 @@ def show_catalogue(stdout: Console, rows: Sequence[Mapping[str, str]]) -> None:
     """Print names and what they are."""
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        stdout.print(Text(row["name"].ljust(width), style="bold") + Text(f"  {row['summary']}", style="default"))
+        line = Text(_hanging(stdout, f"{row['name'].ljust(width)}  {row['summary']}", width + 2), style="default")
+        line.stylize("bold", 0, width)
+        stdout.print(line)
+
+
+def _hanging(stdout: Console, text: str, indent: int) -> str:
+    """Break a line for a person, and leave it whole for a file or a pipe."""
+    if stdout.soft_wrap:
+        return text
+    return textwrap.fill(
+        text, stdout.width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def show_loss(stdout: Console, loss: Mapping[str, Any]) -> None:
     """Print a method: what it stands for, its terms with every setting, and what was published."""
-    stdout.print(Text(loss["name"], style="bold") + Text(f"  {loss['summary']}", style="default"))
-    stdout.print(f"\n--loss {loss['name']} stands for", markup=False)
+
+    def say(text: str, *, indent: int = 0) -> None:
+        line = _hanging(stdout, " " * indent + text, indent + 4)
+        stdout.print(line, markup=False, highlight=False)
+
+    say(f"{loss['name']}  {loss['summary']}")
+    say("")
+    say(f"--loss {loss['name']} stands for")
     for entry in loss["objective"]:
-        stdout.print(f"  {_settings(entry)}", markup=False)
+        say(_settings(entry), indent=2)
     for term in loss["terms"]:
-        stdout.print(f"\n{term['type']} = {term['formula']}", markup=False, highlight=False)
+        say("")
+        say(f"{term['type']} = {term['formula']}")
         if term["paper"]:
-            stdout.print(f"  {term['paper']}", markup=False, highlight=False)
+            say(term["paper"], indent=2)
         for setting in term["settings"]:
             default = "none" if setting["default"] is None else _setting(setting["default"])
-            stdout.print(f"  {setting['name']}: {default}  ({setting['range']})", markup=False, highlight=False)
-            stdout.print(f"      {setting['meaning']}", markup=False, highlight=False)
+            say(f"{setting['name']}: {default}  ({setting['range']})", indent=2)
+            say(setting["meaning"], indent=6)
     if loss["published"]:
-        stdout.print("\npublished; what a pair's row does not say is in that of *", markup=False)
+        say("")
+        say("published; what a pair's row does not say is in that of *")
     for row in loss["published"]:
         settings = row["settings"]
         entries = [settings] if isinstance(settings, Mapping) else settings
-        stdout.print(f"  {row['pair']}: {' + '.join(map(_settings, entries))}", markup=False, highlight=False)
+        say(f"{row['pair']}: {' + '.join(map(_settings, entries))}", indent=2)
 
 
 def _settings(entry: Mapping[str, Any]) -> str:
