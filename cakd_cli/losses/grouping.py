@@ -9,7 +9,7 @@ Shape suffixes: B batch, C classes.
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from cakd_cli.losses.base import check_target, soften
@@ -151,4 +151,9 @@ class ThresholdGrouping(_Grouping):
         return threshold(teacher_BC, self.probability, temperature=temperature)
 
 
-Grouping = Annotated[LabelGrouping | TopKGrouping | TopMassGrouping | ThresholdGrouping, Field(discriminator="type")]
+Grouping = Annotated[
+    LabelGrouping | TopKGrouping | TopMassGrouping | ThresholdGrouping,
+    Field(discriminator="type"),
+    # "label" is short for {type: label}.
+    BeforeValidator(lambda given: {"type": given} if isinstance(given, str) else given),
+]

@@ -4,6 +4,7 @@ Precedence: default < recipe file < KEY=VALUE < flag. A deeper key refines what 
 ``--loss dkd loss.1.beta=4`` does what it says.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,9 +270,12 @@ def _validate(raw: dict[str, Any], mistakes: _Mistakes) -> Recipe | None:
     else:
         _check_whole(recipe, mistakes)
         return recipe
+    places = [(_place(detail, raw), detail) for detail in details]
+    certain = [keys for keys, detail in places if not _other_kind(detail)]
     by_place: dict[Keys, list[Any]] = {}
-    for detail in [detail for detail in details if not _other_kind(detail)] or details:
-        by_place.setdefault(_place(detail, raw), []).append(detail)
+    for keys, detail in places:
+        if not _other_kind(detail) or not any(place[: len(keys)] == keys for place in certain):
+            by_place.setdefault(keys, []).append(detail)
     for keys, group in by_place.items():
         mistakes.add(mistakes.origin(keys), f"{_dotted(keys)}: {_explain(keys, group, raw)}")
     return None
@@ -325,6 +329,8 @@ def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
 
 def _in_words_of_yaml(message: str) -> str:
     message = message[:1].lower() + message[1:].removesuffix(".")
+    message = message.replace("valid dictionary or object to extract fields from", "mapping, as {type: NAME}")
+    message = re.sub("valid dictionary or instance of .*", "mapping", message)
     return message.replace("tuple", "list").replace(" after validation", "")
 
 

@@ -69,6 +69,22 @@ def test_loss_names_are_the_recipes_own_methods_first(write):
     assert resolve([path], {"loss": "dkd"}).loss[1].beta == 8
 
 
+def test_a_grouping_by_its_name_alone():
+    words = ["loss=cakd-logits", "loss.1.grouping=top-mass"]
+
+    recipe = resolve(words, BASE | {"teacher": "t"})
+
+    assert (recipe.loss[1].grouping.type, recipe.loss[1].grouping.mass) == ("top-mass", 0.9)
+
+
+def test_mistakes_of_different_kinds_are_all_listed():
+    with pytest.raises(RecipeError) as caught:
+        resolve(["loss=[kd]", "data.view=3", "engine=7"], BASE)
+
+    for expected in ("loss.0: input", "data.view: unknown key", "engine: input"):
+        assert expected in str(caught.value)
+
+
 def test_published_objectives():
     flags = BASE | {"teacher": "t", "engine.epochs": 240}
     kd = resolve([], flags | {"loss": "kd"}).loss
@@ -146,7 +162,10 @@ seed: 3
         (["²=1"], BASE, "²=1: ²: unknown key"),
         (["loss=[]"], BASE, "loss: needs at least one term"),
         (["loss=3"], BASE, "loss: "),
-        (["engine=3"], BASE, "engine: input should be a valid dictionary or instance of EngineOptions, got 3"),
+        (["loss=[kd]"], BASE, "loss.0: input should be a mapping, as {type: NAME}, got 'kd'"),
+        (["loss=dkd", "loss.1.beta={type: linear, start: 1}"], BASE, "loss.1.beta.end: is missing"),
+        (["loss=cakd-logits", "loss.1.grouping=lable"], BASE, "loss.1.grouping: no 'lable' here; did you mean label?"),
+        (["engine=3"], BASE, "engine: input should be a mapping, got 3"),
         (["engine.epochs=1.5"], BASE, "engine.epochs: input should be a valid integer, got 1.5"),
         (["optimizer.learning_rate=.nan"], BASE, "finite number, got nan"),
         (["optimizer.type=adam"], BASE, "optimizer: no 'adam' here; did you mean adamw?"),
