@@ -72,11 +72,14 @@ class Answers:
         if self.memory is None:
             yield from self._live(batches, watch)
             return
-        for window in _windows(batches):
-            with watch("teacher"):
-                answers_NC = self._remembered(window, self.memory)
-            yield from zip(window, answers_NC.split([len(batch.labels) for batch in window]), strict=True)
-        self.flush()
+        try:
+            for window in _windows(batches):
+                with watch("teacher"):
+                    answers_NC = self._remembered(window, self.memory)
+                yield from zip(window, answers_NC.split([len(batch.labels) for batch in window]), strict=True)
+        finally:
+            # Also where the run stops within an epoch.
+            self.flush()
 
     def _live(self, batches: Iterator[Batch], watch: Stopwatch) -> Iterator[tuple[Batch, Tensor]]:
         if self._device.type == "cuda":

@@ -17,20 +17,28 @@ WORTH_TRYING_SECONDS = 600.0
 _ROUNDS = 3
 
 
-def compiled(network: nn.Module, device: torch.device, *, parts: int = 1) -> Callable[[Tensor], Tensor]:
+def compiled(network: nn.Module, *, graphed: bool) -> Callable[[Tensor], Tensor]:
     """Compile a network; the compiler itself begins with the first images, and the network stays as it is.
 
-    Nets of this size wait for kernels to be launched, which a CUDA graph does for all of them at once.
+    Args:
+        network: On the device.
+        graphed: Whether CUDA graphs launch its kernels, all of them at once, for which nets of this size would wait.
+            All graphs of a device share their memory, so no two may run at the same time.
+    """
+    # It warns on machines without a GPU that they have none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return torch.compile(network, mode="reduce-overhead" if graphed else "default")
+
+
+def compiled_student(network: nn.Module, device: torch.device, *, parts: int) -> Callable[[Tensor], Tensor]:
+    """Compile what learns, with graphs where there are any.
 
     Args:
         network: On the device.
         device: The run's.
         parts: Into which a batch is cut; gradients of more than one pile up, which a graph's memory does not allow.
     """
-    # It warns on machines without a GPU that they have none.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    mode = "reduce-overhead" if device.type == "cuda" and parts == 1 else "default"
-    return torch.compile(network, mode=mode)
+    return compiled(network, graphed=device.type == "cuda" and parts == 1)
 
 
 def choose(
@@ -67,7 +75,7 @@ def choose(
         if wanted == "auto" and eager * steps * parts < WORTH_TRYING_SECONDS:
             return False, f"about {eager * steps * parts:.0f} s of steps would not pay for it"
         try:
-            faster = compiled(network, hardware.device, parts=parts)
+            faster = compiled_student(network, hardware.device, parts=parts)
             started = time.perf_counter()
             _seconds(faster, normalise(images), hardware)
             spent = time.perf_counter() - started

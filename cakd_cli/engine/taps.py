@@ -139,8 +139,8 @@ class Tapped(nn.Module):
 def pooled(value: Tensor) -> Tensor:
     """Average a layer's answer over positions or tokens, to (batch, elements).
 
-    Of a map with channels last, as Swin's, the two equal sizes in the middle give the positions away; a map that is
-    not square is taken for one with channels first.
+    Of a map with channels last, as Swin's, two equal sizes in the middle give the positions away; any other is taken
+    for one with channels first.
     """
     if value.ndim == 4:
         last = value.shape[1] == value.shape[2] != value.shape[3]

@@ -88,7 +88,7 @@ class Task:
 
     def compile(self, parts: int) -> None:
         """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
-        self._forward = compiling.compiled(self.network, self.hardware.device, parts=parts)
+        self._forward = compiling.compiled_student(self.network, self.hardware.device, parts=parts)
 
     def loss(
         self, images: Tensor, labels_B: Tensor, teacher: Tensor | None, epoch: int

@@ -63,7 +63,8 @@ class Form:
         self._model = teacher.model if name == "plain" else hardware.place(_fold(teacher.model).to(self._dtype))
         if teacher.taps:
             self._model = Tapped(self._model, teacher.taps)
-        self._answer = compiling.compiled(self._model, hardware.device) if name == "compiled" else self._model
+        # Without graphs: it answers while the student works, whose graphs' memory they would share.
+        self._answer = compiling.compiled(self._model, graphed=False) if name == "compiled" else self._model
         self._hardware = hardware
         self._normalise = Normalisation(teacher.mean, teacher.std, hardware)
 
@@ -85,9 +86,8 @@ class Form:
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (batch, channels, height, width) to float32 logits (batch, classes), or rows with taps."""
         with self._hardware.autocast(), self._compiler():
-            answers_BC = self._answer(self._normalise(images).to(self._dtype)).float()
-        # What a graph gives is overwritten by its next call.
-        return answers_BC.clone() if self.name == "compiled" else answers_BC
+            answers_BC: Tensor = self._answer(self._normalise(images).to(self._dtype)).float()
+        return answers_BC
 
 
 def choose(

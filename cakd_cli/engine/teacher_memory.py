@@ -192,8 +192,9 @@ class TeacherMemory:
         rows, known = [], []
         empty = bytes(self.identity.row_bytes)
         for view in views_B.tolist():
-            row = self._row(view)
-            self.damaged += row is None and self._checksum(view) != 0
+            checksum = self._checksum(view)
+            row = self._row(view, checksum)
+            self.damaged += row is None and checksum != 0
             rows.append(row or empty)
             known.append(row is not None)
         stored = torch.frombuffer(bytearray(b"".join(rows)), dtype=DTYPES[self.identity.stored])
@@ -222,7 +223,7 @@ class TeacherMemory:
         try:
             with self._locked():
                 for i, view in enumerate(views_B.tolist()):
-                    if not finite[i] or self._row(view) is not None:
+                    if not finite[i] or self._row(view, self._checksum(view)) is not None:
                         continue
                     row = content[i * size : (i + 1) * size]
                     self._write(0, view * size, row)
@@ -246,7 +247,7 @@ class TeacherMemory:
         Returns:
             Rows that are whole, and rows that are not what was written.
         """
-        rows = [self._row(view) is not None for view in self.written().tolist()]
+        rows = [self._row(view, self._checksum(view)) is not None for view in self.written().tolist()]
         return sum(rows), len(rows) - sum(rows)
 
     def close(self) -> None:
@@ -256,13 +257,12 @@ class TeacherMemory:
     def _checksum(self, view: int) -> int:
         return int.from_bytes(self._read(1, view * _CHECKSUM_BYTES, _CHECKSUM_BYTES), "little")
 
-    def _row(self, view: int) -> bytes | None:
-        expected = self._checksum(view)
-        if not expected:
+    def _row(self, view: int, checksum: int) -> bytes | None:
+        if not checksum:
             return None
         size = self.identity.row_bytes
         row = self._read(0, view * size, size)
-        return row if _crc(view, row) == expected else None
+        return row if _crc(view, row) == checksum else None
 
     # Files are not mapped: a full disk, or one that is gone, would be a signal that ends the process.
 

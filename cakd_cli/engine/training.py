@@ -35,6 +35,8 @@ from cakd_cli.recipe.schema import Recipe
 
 # What a run that asks no teacher has settled about it.
 _WITHOUT_TEACHER = {"teacher_form": "plain", "teacher_memory": "off", "teacher_memory_precision": "fp32"}
+# What run.json says of each time that the run was started.
+_BEGINNING = ("command", "versions", "hardware", "started_at")
 # Settled by measuring when the run begins, and as it was then when it goes on.
 _MEASURED = ("compile", "teacher_form", "teacher_memory")
 _BEFORE = {"compile": "off", "teacher_form": "plain", "teacher_memory": "off"}
@@ -150,6 +152,7 @@ def run(prepared: Prepared, out: Path, *, resume: bool, overwrite: bool, progres
         checkpoint = directory.latest_checkpoint()
         if checkpoint is not None:
             _check_same_inputs(before, facts, out)
+            facts = _gone_on(before, facts)
         prepared.hardware.keep_freed_memory()
         with _torch_errors(prepared.recipe):
             _say_what_was_chosen(prepared, progress)
@@ -371,6 +374,13 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "loss": " + ".join(f"{_number(term.weight)} {term.type}" for term in recipe.loss),
         "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
     }
+
+
+def _gone_on(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Leave on record how the run began, and add that it went on."""
+    began = {key: before[key] for key in _BEGINNING if key in before}
+    again = {key: facts[key] for key in _BEGINNING}
+    return facts | began | {"resumed": [*before.get("resumed", []), again]}
 
 
 @contextlib.contextmanager

@@ -59,12 +59,13 @@ def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardw
 def saved_bytes_per_image(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Bytes that one image's forward pass keeps for the backward pass, in float32; measured on a batch of two."""
     probe = copy.deepcopy(model).cpu().train()
-    own = {parameter.data_ptr() for parameter in probe.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in probe.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

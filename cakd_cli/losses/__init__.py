@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, pearson, standardise
+from cakd_cli.losses.base import Lesson, LossOutput, LossTerm
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
 from cakd_cli.losses.correlation_matching import CMKDTerm, cmkd, sample_difficulty
 from cakd_cli.losses.curriculum import CTKDTerm, ctkd
@@ -36,6 +36,7 @@ from cakd_cli.losses.knowledge_distillation import (
     logit_mse,
     reverse_kl,
 )
+from cakd_cli.losses.logits import pearson, standardise
 from cakd_cli.losses.multi_level import (
     MLKDTerm,
     mlkd_batch_correlation,

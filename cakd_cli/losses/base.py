@@ -1,4 +1,4 @@
-"""What every loss shares: its result, its place in a recipe, and the preparation of logits.
+"""What every loss shares: its result, and its place in a recipe.
 
 Shape suffixes: B batch, C classes.
 """
@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from cakd_cli.losses.emphasis import AdaptiveEmphasis, Emphasis, Weight
+from cakd_cli.losses.logits import standardise
 
-# Differences of two logits and their batch sums stay finite in float32 up to here.
-LARGEST_SOFTENED_LOGIT = 1e30
-STANDARDISING_EPSILON = 1e-7
 # Names of whole training objectives, and each as raw recipe entries.
 Objectives = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -143,10 +140,12 @@ class TeacherTerm(LossTerm):
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
-        assert teacher_BC is not None, "the recipe schema refuses a distillation term without a teacher"
-        if self.standardise:
-            student_BC, teacher_BC = standardise(student_BC), standardise(teacher_BC)
-        return self.compare(student_BC, teacher_BC, target_B)
+        return self.compare(*self.prepared(student_BC, teacher_BC), target_B)
+
+    def prepared(self, student_BC: Tensor, teacher_BC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Standardise both networks' logits, if the recipe says so."""
+        assert teacher_BC is not None, "a recipe with a distillation term and without a teacher is refused"
+        return (standardise(student_BC), standardise(teacher_BC)) if self.standardise else (student_BC, teacher_BC)
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
         """Compute the unweighted term for one batch."""
@@ -157,68 +156,3 @@ class SoftenedTerm(TeacherTerm):
     """A term on softened logits."""
 
     temperature: float = Field(4.0, gt=0, le=1000, description="softening of both networks' logits")
-
-
-def soften(logits_BC: Tensor, temperature: float | Tensor) -> Tensor:
-    """Divide logits by a temperature, in float32 at least.
-
-    Logits beyond 1e30 times the temperature are held there, with gradient 0: differences of any two
-    results, and sums of such differences over a batch, are then finite. A logit that is itself not finite becomes
-    NaN, so that it cannot pass unseen.
-    """
-    precise_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-    held_BC = (precise_BC / temperature).clamp(-LARGEST_SOFTENED_LOGIT, LARGEST_SOFTENED_LOGIT)
-    return torch.where(precise_BC.isfinite(), held_BC, torch.nan)
-
-
-def standardise(logits_BC: Tensor) -> Tensor:
-    """Z-score logits over the classes: (z - mean) / (std + 1e-7), in float32 at least (LSKD, arXiv 2403.01427 eq. 8).
-
-    The deviation is the unbiased one, and gradients flow through mean and deviation. Logits that are all equal
-    become equal numbers near 0. With two classes the result is +-0.707 whatever the logits were.
-    """
-    logits_BC = soften(logits_BC, 1.0)
-    # Squares of large logits would overflow: the size cancels.
-    size_B1 = logits_BC.detach().abs().amax(1, keepdim=True).clamp(min=1)
-    small_BC = logits_BC / size_B1
-    deviation_B1 = small_BC.std(1, keepdim=True) + STANDARDISING_EPSILON / size_B1
-    return (small_BC - small_BC.mean(1, keepdim=True)) / deviation_B1
-
-
-def pearson(a_BN: Tensor, b_BN: Tensor) -> Tensor:
-    """Pearson correlation of each row, in [-1, 1]; 0 for a row that is constant.
-
-    As published with DIST, 1e-8 is added to the product of the norms, so the values must not be tiny.
-    """
-    a_BN = a_BN - a_BN.mean(1, keepdim=True)
-    b_BN = b_BN - b_BN.mean(1, keepdim=True)
-    product_B = (a_BN * b_BN).sum(1)
-    norms_B: Tensor = torch.linalg.vector_norm(a_BN, dim=1) * torch.linalg.vector_norm(b_BN, dim=1)
-    return product_B / (norms_B + 1e-8)
-
-
-def check_pair(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> None:
-    """Refuse what would broadcast into a wrong number.
-
-    Raises:
-        ValueError: If the shapes differ, are not two-dimensional, or the temperature is not positive.
-    """
-    if student_BC.ndim != 2 or student_BC.shape != teacher_BC.shape:
-        raise ValueError(
-            "student and teacher logits must have one shape (batch, classes), "
-            f"got {tuple(student_BC.shape)} and {tuple(teacher_BC.shape)}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-
-
-def check_target(student_BC: Tensor, target_B: Tensor) -> None:
-    """Refuse labels that are not one class index per sample.
-
-    Raises:
-        ValueError: If the shape or type of ``target_B`` is wrong. Ranges are not read: that would wait for the device.
-    """
-    if target_B.shape != student_BC.shape[:1] or target_B.dtype.is_floating_point or target_B.dtype == torch.bool:
-        raise ValueError(
-            f"labels must be {student_BC.shape[0]} class indices, got {tuple(target_B.shape)} of {target_B.dtype}"
-        )

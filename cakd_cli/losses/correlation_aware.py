@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
 from cakd_cli.losses.decoupling import decouple
 from cakd_cli.losses.emphasis import Weight
 from cakd_cli.losses.grouping import Grouping, LabelGrouping
+from cakd_cli.losses.logits import check_pair
 
 
 def cakd(

@@ -14,16 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cakd_cli.losses.base import (
-    LossOutput,
-    Objectives,
-    TeacherTerm,
-    check_pair,
-    check_target,
-    pearson,
-    soften,
-    standardise,
-)
+from cakd_cli.losses.base import LossOutput, Objectives, TeacherTerm
+from cakd_cli.losses.logits import check_pair, check_target, pearson, soften, standardise
 from cakd_cli.losses.ranks import soft_rank_correlation
 
 Difficulty = Literal["entropy", "label", "confidence"]

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, Objectives, check_pair, soften
+from cakd_cli.losses.base import Lesson, LossOutput, Objectives, TeacherTerm
 from cakd_cli.losses.emphasis import CosineEmphasis, Weight
+from cakd_cli.losses.logits import check_pair, kl
 from cakd_cli.losses.supervised import cross_entropy
 
 
@@ -49,17 +50,27 @@ def ctkd(
     Raises:
         ValueError: If shapes do not fit, or the temperature could be 0.
     """
+    distilled = _distilled(student_BC, teacher_BC, theta, t_start, t_end, reversal_lambda)
+    ce = cross_entropy(student_BC, target_B).total
+    return LossOutput(ce_weight * ce + kd_weight * distilled.total, {**distilled.parts, "ce": ce})
+
+
+def _distilled(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    theta: float | Tensor,
+    t_start: float,
+    t_end: float,
+    reversal_lambda: float,
+) -> LossOutput:
     check_pair(student_BC, teacher_BC, 1.0)
     if not (t_start >= 0 and t_end > 0):
         raise ValueError(f"t_start must not be negative and t_end must be positive, got {t_start} and {t_end}")
     precise = torch.float64 if student_BC.dtype == torch.float64 else torch.float32
     theta = torch.as_tensor(theta, dtype=precise, device=student_BC.device)
     temperature = t_start + t_end * _Scaled.apply(theta, reversal_lambda).sigmoid()
-    student_log_BC = soften(student_BC, temperature).log_softmax(1)
-    teacher_log_BC = soften(teacher_BC.detach(), temperature).log_softmax(1)
-    distilled = temperature**2 * (teacher_log_BC.exp() * (teacher_log_BC - student_log_BC)).sum(1).mean()
-    ce = cross_entropy(student_BC, target_B).total
-    return LossOutput(ce_weight * ce + kd_weight * distilled, {"temperature": temperature, "ce": ce, "kd": distilled})
+    total = temperature**2 * kl(student_BC, teacher_BC, temperature).mean()
+    return LossOutput(total, {"temperature": temperature, "kd": total})
 
 
 class _Scaled(torch.autograd.Function):
@@ -83,7 +94,7 @@ class LearntTemperature(nn.Module):
         self.theta = nn.Parameter(torch.ones(()))
 
 
-class CTKDTerm(LossTerm):
+class CTKDTerm(TeacherTerm):
     """KD at a temperature that is learnt against the student."""
 
     paper = "Li et al. 2023, arXiv 2211.16231; its global temperature"
@@ -113,16 +124,5 @@ class CTKDTerm(LossTerm):
     def learn(self, lesson: Lesson, learner: nn.Module | None) -> LossOutput:
         """Compute the unweighted term for one batch."""
         assert isinstance(learner, LearntTemperature)
-        assert lesson.teacher_BC is not None
-        output = ctkd(
-            lesson.student_BC,
-            lesson.teacher_BC,
-            lesson.target_B,
-            theta=learner.theta,
-            t_start=self.t_start,
-            t_end=self.t_end,
-            reversal_lambda=-self.reversal,
-            ce_weight=0.0,
-            kd_weight=1.0,
-        )
-        return LossOutput(output.total, {name: output.parts[name] for name in ("temperature", "kd")})
+        student_BC, teacher_BC = self.prepared(lesson.student_BC, lesson.teacher_BC)
+        return _distilled(student_BC, teacher_BC, learner.theta, self.t_start, self.t_end, -self.reversal)

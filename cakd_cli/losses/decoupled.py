@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.losses import grouping
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
 from cakd_cli.losses.decoupling import KLType, decouple
 from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.logits import check_pair
 
 
 def dkd(

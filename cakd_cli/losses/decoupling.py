@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cakd_cli.losses.base import check_pair, soften
+from cakd_cli.losses.logits import check_pair, soften
 
 KLType = Literal["forward", "reverse", "both"]
 

@@ -13,9 +13,10 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, Objectives, soften, standardise
+from cakd_cli.losses.base import Lesson, LossOutput, LossTerm, Objectives
 from cakd_cli.losses.correlation_aware import cakd
 from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.logits import soften, standardise
 
 Mask = Literal["classifier-evidence", "grad-cam", "activation"]
 

@@ -13,17 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.losses import grouping
-from cakd_cli.losses.base import (
-    STANDARDISING_EPSILON,
-    LossOutput,
-    Objectives,
-    SoftenedTerm,
-    check_pair,
-    soften,
-    standardise,
-)
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
 from cakd_cli.losses.decoupling import Decoupling, KLType, decouple
 from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.logits import STANDARDISING_EPSILON, check_pair, soften, standardise
 
 Strategy = Literal["best", "worst"]
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
-from cakd_cli.losses.base import check_target, soften
+from cakd_cli.losses.logits import check_target, soften
 
 
 def label(teacher_BC: Tensor, target_B: Tensor) -> Tensor:

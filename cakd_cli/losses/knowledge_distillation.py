@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, TeacherTerm, check_pair, soften
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, TeacherTerm
+from cakd_cli.losses.logits import check_pair, kl, soften
 
 
 def kd(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> LossOutput:
@@ -26,8 +27,9 @@ def kd(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> LossOut
     Raises:
         ValueError: If the shapes differ or the temperature is not positive.
     """
-    student_log_BC, teacher_log_BC = _log_probabilities(student_BC, teacher_BC, temperature)
-    return _scaled("kd", teacher_log_BC.exp() * (teacher_log_BC - student_log_BC), temperature)
+    check_pair(student_BC, teacher_BC, temperature)
+    total = temperature**2 * kl(student_BC, teacher_BC, temperature).mean()
+    return LossOutput(total, {"kd": total})
 
 
 def reverse_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> LossOutput:

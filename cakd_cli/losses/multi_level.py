@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, Objectives, TeacherTerm, check_pair, soften, standardise
+from cakd_cli.losses.base import LossOutput, Objectives, TeacherTerm
 from cakd_cli.losses.knowledge_distillation import kd
+from cakd_cli.losses.logits import check_pair, kl, soften, standardise
 from cakd_cli.losses.supervised import cross_entropy
 
 
@@ -58,7 +59,7 @@ def mlkd_single_view(
     temperatures: Sequence[float],
     ce_weight: float,
     kd_weight: float,
-    enable_mask: bool = False,
+    enable_mask: bool = True,
     quantile: float = 0.5,
     reference_quirks: bool = False,
 ) -> LossOutput:
@@ -86,7 +87,7 @@ def mlkd_single_view(
         student_BC,
         teacher_BC,
         temperatures,
-        quantile=quantile if enable_mask else None,
+        masks=_less_sure(teacher_BC, quantile) if enable_mask else None,
         reference_quirks=reference_quirks,
     )
     loss_ce = ce_weight * cross_entropy(student_BC, target_B).total
@@ -135,8 +136,8 @@ def mlkd_step(
     prepare = standardise if logit_standardisation else lambda logits_BC: logits_BC
     weak = prepare(student_BC), prepare(teacher_BC)
     strong = prepare(student_strong_BC), prepare(teacher_strong_BC)
-    samples_B, _ = _less_sure(teacher_BC, 0.5)
-    raw = _levels(student_BC, teacher_BC, temperatures, quantile=0.5, reference_quirks=reference_quirks).parts
+    masks = samples_B, _ = _less_sure(teacher_BC, 0.5)
+    raw = _levels(student_BC, teacher_BC, temperatures, masks=masks, reference_quirks=reference_quirks).parts
     loss_kd = student_BC.new_zeros((), dtype=raw["kd"].dtype)
     for i, one in enumerate(temperatures):
         loss_kd = loss_kd + _masked_kd(*weak, one, samples_B, reference_quirks=reference_quirks)
@@ -156,7 +157,7 @@ def _levels(
     teacher_BC: Tensor,
     temperatures: Sequence[float],
     *,
-    quantile: float | None,
+    masks: tuple[Tensor, Tensor] | None,
     reference_quirks: bool,
 ) -> LossOutput:
     if not temperatures:
@@ -164,14 +165,14 @@ def _levels(
     parts: dict[str, Tensor] = {}
     for temperature in temperatures:
         check_pair(student_BC, teacher_BC, temperature)
-        if quantile is None:
+        if masks is None:
             found = {
                 "kd": kd(student_BC, teacher_BC, temperature=temperature).total,
                 "cc": mlkd_class_correlation(student_BC, teacher_BC, temperature=temperature).total,
                 "bc": mlkd_batch_correlation(student_BC, teacher_BC, temperature=temperature).total,
             }
         else:
-            samples_B, classes_C = _less_sure(teacher_BC, quantile)
+            samples_B, classes_C = masks
             found = {
                 "kd": _masked_kd(student_BC, teacher_BC, temperature, samples_B, reference_quirks=reference_quirks),
                 "cc": _masked_gram(
@@ -201,9 +202,7 @@ def _masked_kd(
     if reference_quirks:
         total = kd(student_BC, teacher_BC, temperature=temperature).total
         return total * samples_B.to(total.dtype).mean()
-    student_log_BC = soften(student_BC, temperature).log_softmax(1)
-    teacher_log_BC = soften(teacher_BC.detach(), temperature).log_softmax(1)
-    kl_B = (teacher_log_BC.exp() * (teacher_log_BC - student_log_BC)).sum(1)
+    kl_B = kl(student_BC, teacher_BC, temperature)
     return temperature**2 * (kl_B * samples_B).sum() / samples_B.sum()
 
 
@@ -252,6 +251,6 @@ class MLKDTerm(TeacherTerm):
             student_BC,
             teacher_BC,
             self.temperatures,
-            quantile=self.quantile if self.enable_mask else None,
+            masks=_less_sure(teacher_BC, self.quantile) if self.enable_mask else None,
             reference_quirks=self.reference_quirks,
         )

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.losses import grouping
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair, soften
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
 from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.logits import check_pair, soften
 
 
 def nkd(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float, gamma: float) -> LossOutput:

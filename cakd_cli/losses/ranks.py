@@ -6,7 +6,8 @@ Shape suffixes: B batch, C classes, R rows at a time.
 import torch
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, check_pair, pearson, soften, standardise
+from cakd_cli.losses.base import LossOutput
+from cakd_cli.losses.logits import check_pair, pearson, soften, standardise
 
 # Elements of the largest intermediate tensor, 64 MB in float32, up to 4,096 classes; a row alone may need more.
 _MOST_ELEMENTS = 2**24

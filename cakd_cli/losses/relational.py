@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, check_pair, pearson, soften
+from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
 from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.logits import check_pair, pearson, soften
 
 
 def dist(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float, beta: float, gamma: float) -> LossOutput:

@@ -1,15 +1,17 @@
 """LSKD: Sun et al., Logit Standardization in Knowledge Distillation, arXiv 2403.01427, CVPR 2024.
 
-In a recipe it is the setting ``standardise`` of any term; here are the two compositions that the paper reports.
+In a recipe it is the setting ``standardise`` of any term on logits; here are the two compositions that the paper
+reports.
 
 Shape suffixes: B batch, C classes.
 """
 
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, check_pair, standardise
+from cakd_cli.losses.base import LossOutput
 from cakd_cli.losses.decoupled import dkd
 from cakd_cli.losses.knowledge_distillation import kd
+from cakd_cli.losses.logits import check_pair, standardise
 
 
 def lskd_kd(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> LossOutput:

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from cakd_cli.losses.base import LossOutput, LossTerm, Objectives, check_target, soften
+from cakd_cli.losses.base import LossOutput, LossTerm, Objectives
+from cakd_cli.losses.logits import check_target, soften
 
 
 def cross_entropy(

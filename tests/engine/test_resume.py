@@ -68,7 +68,17 @@ class Killed(BaseException):
 # 9 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
 @pytest.mark.parametrize("moment", [0, 3, 9, 13, 18, 26])
 @pytest.mark.parametrize(
-    "settings", [(), ("engine.ema_decay=0.9", "optimizer={type: adamw}")], ids=["sgd", "adamw ema"]
+    "settings",
+    [
+        (),
+        (
+            "engine.ema_decay=0.9",
+            "optimizer={type: adamw}",
+            "loss.1.beta={type: adaptive, base: 8}",
+            "loss.2={type: ctkd}",
+        ),
+    ],
+    ids=["sgd", "everything that a checkpoint may hold"],
 )
 def test_killed_after_any_step(cakd, words, tmp_path, monkeypatch, moment, settings):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -91,9 +101,12 @@ def test_killed_after_any_step(cakd, words, tmp_path, monkeypatch, moment, setti
     result = cakd(*words, *settings, "--out", killed, "--resume")
 
     assert result.code == 0, result.err
+    assert_same_run(straight, killed)
+    facts = json.loads((killed / "run.json").read_text())
     if moment:
         assert "resumed after" in result.err
-    assert_same_run(straight, killed)
+        assert "--resume" not in facts["command"]
+        assert [again["command"][-1] for again in facts["resumed"]] == ["--resume"]
 
 
 @pytest.mark.parametrize("moment", [3, 13, 22])

@@ -140,6 +140,22 @@ def test_an_answer_in_the_place_of_another_is_not_used(filled):
     assert filled.damaged == 2
 
 
+def test_an_answer_that_another_writes_at_this_moment_is_unknown_not_damaged(home, monkeypatch):
+    reader, writer = TeacherMemory.open(IDENTITY, FACTS), TeacherMemory.open(IDENTITY, FACTS)
+    original = reader._read
+
+    def meanwhile(part, place, size):
+        content = original(part, place, size)
+        writer.record(EVERY[:1], truth(EVERY[:1]))
+        return content
+
+    monkeypatch.setattr(reader, "_read", meanwhile)
+
+    assert reader.recall(EVERY[:1])[1].tolist() == [False]
+    assert reader.damaged == 0
+    assert reader.recall(EVERY[:1])[1].tolist() == [True]
+
+
 @pytest.mark.parametrize("name", ["answers.bin", "checksums.bin"])
 def test_a_truncated_file_is_refused_open_or_not(filled, name):
     os.truncate(teacher_memory.folder_of(IDENTITY) / name, 100)

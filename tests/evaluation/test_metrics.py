@@ -113,6 +113,19 @@ def test_memory_of_a_training_step_is_of_the_right_size():
     assert cost.saved_bytes_per_image(model, (3, 16, 16)) == 4 * (3 + 8) * 16 * 16
 
 
+def test_two_views_of_one_memory_are_counted_once():
+    class Halves(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(4, 4, 1)
+
+        def forward(self, images):
+            return sum(self.second(half) for half in self.first(images).chunk(2, dim=1))
+
+    # The input, and the first output, which both halves are views of.
+    assert cost.saved_bytes_per_image(Halves(), (3, 16, 16)) == 4 * (3 + 8) * 16 * 16
+
+
 def test_latency_says_how_often_it_measured():
     report = cost.latency(torch.nn.Flatten(), (1, 4, 4), Hardware(torch.device("cpu"), "fp32"), 2)
 
