@@ -4,6 +4,7 @@ Shape suffixes: B batch, C classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,26 @@ from cakd_cli.losses.emphasis import Emphasis
 
 # A term that pulls less than this share of another is worth a warning.
 _FAINT = 0.01
+
+
+class _Share(NamedTuple):
+    """Which parts of both networks' rows, behind the logits, are a term's."""
+
+    mine: slice
+    theirs: slice
+    importance: slice
+
+
+def _shares(terms: Sequence[LossTerm]) -> list[_Share]:
+    shares, mine, theirs = [], 0, 0
+    for term in terms:
+        # An importance stands behind each layer that has one.
+        count, step = len(term.layer_names), 2 if term.needs_importance else 1
+        end = theirs + step * count
+        importance = slice(theirs + 1, end, step) if term.needs_importance else slice(0)
+        shares.append(_Share(slice(mine, mine + count), slice(theirs, end, step), importance))
+        mine, theirs = mine + count, end
+    return shares
 
 
 class Task:
@@ -62,6 +83,7 @@ class Task:
         image = torch.zeros(1, data.channels, *data.image_size, device=hardware.device)
         taps, self._student_sizes = locate(student, student_layers(terms), data.num_classes, image, name="the student")
         self._teacher_sizes = teacher.sizes if teacher is not None and teacher.sizes else (data.num_classes,)
+        self._shares = _shares(terms)
         self.network = Tapped(student, taps) if taps else student
         self._forward: Callable[[Tensor], Tensor] = self.network
         self.weights = Weights(terms)
@@ -72,18 +94,14 @@ class Task:
 
     def _make_learners(self, teacher: Teacher | None) -> nn.ModuleDict:
         learners = nn.ModuleDict()
-        mine, theirs = list(self._student_sizes[1:]), list(self._teacher_sizes[1:])
-        taps = list(teacher.taps) if teacher is not None else []
-        for number, term in enumerate(self.terms):
-            count = len(term.layer_names)
-            step = 2 if term.needs_importance else 1
+        for number, (term, share) in enumerate(zip(self.terms, self._shares, strict=True)):
+            taps = teacher.taps[share.mine] if teacher is not None else ()
             weight = None
-            if teacher is not None and any(tap.of_input for tap in taps[:count]):
+            if teacher is not None and any(tap.of_input for tap in taps):
                 weight = teacher.model.get_submodule(taps[0].layer).get_parameter("weight").detach().float().clone()
-            learner = term.learner(mine[:count], theirs[: step * count : step], weight)
+            learner = term.learner(self._student_sizes[1:][share.mine], self._teacher_sizes[1:][share.theirs], weight)
             if learner is not None:
                 learners[str(number)] = learner
-            mine, theirs, taps = mine[count:], theirs[step * count :], taps[count:]
         return learners
 
     def compile(self, parts: int) -> None:
@@ -117,23 +135,17 @@ class Task:
         theirs: list[Tensor] = []
         if teacher is not None:
             teacher_BC, *theirs = teacher.split(list(self._teacher_sizes), 1)
-        lessons = []
-        for term in self.terms:
-            count = len(term.layer_names)
-            step = 2 if term.needs_importance else 1
-            features, theirs = theirs[: step * count], theirs[step * count :]
-            lessons.append(
-                Lesson(
-                    student_BC,
-                    teacher_BC,
-                    labels_B,
-                    student_features=tuple(mine[:count]),
-                    teacher_features=tuple(features[::step]),
-                    importance=tuple(features[1::2]) if term.needs_importance else (),
-                )
+        return [
+            Lesson(
+                student_BC,
+                teacher_BC,
+                labels_B,
+                student_features=tuple(mine[share.mine]),
+                teacher_features=tuple(theirs[share.theirs]),
+                importance=tuple(theirs[share.importance]),
             )
-            mine = mine[count:]
-        return lessons
+            for share in self._shares
+        ]
 
     def _weigh(
         self, student: Tensor, labels_B: Tensor, teacher: Tensor | None, epoch: int

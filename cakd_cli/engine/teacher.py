@@ -68,7 +68,7 @@ def load_teacher(
     """
     if not isinstance(spec, EnsembleTeacher):
         return _load_one(spec, data, hardware, layers)
-    assert not layers, "the recipe schema refuses features of several teachers"
+    assert not layers, "a recipe with features of several teachers is refused"
     members = [_load_one(member, data, hardware, ()) for member in spec.members]
     weights = spec.weights or (1.0,) * len(members)
     model = Ensemble(

@@ -23,7 +23,8 @@ class LossOutput:
 
     Attributes:
         total: Differentiable scalar, nats (times temperature squared where the method scales so).
-        parts: Named parts before any weight, batch means; they carry gradients too.
+        parts: Named parts, batch means, before any weight unless the method's docstring says otherwise; they carry
+            gradients too.
     """
 
     total: Tensor

@@ -26,7 +26,8 @@ def dkd(
     Args:
         student_BC: Student logits, (batch, classes), any float type; computed in float32 at least.
         teacher_BC: Teacher logits, same shape; treated as constant.
-        target_B: Class indices.
+        target_B: Class indices; or bool (batch, classes): the labels of a sample then stand against the rest together,
+            and what is inside them is left out, see :func:`cakd_cli.losses.cakd`.
         temperature: Softening, > 0.
         alpha: Weight of ``tckd``; the paper uses 1.
         beta: Weight of ``nckd``; the paper uses 2 to 8 on CIFAR-100.

@@ -77,7 +77,7 @@ def resolve(
         defaults: Values by key for what neither a file nor a word sets.
 
     Returns:
-        The recipe; only ``engine.device`` and ``engine.precision`` may still be ``auto``.
+        The recipe; what the machine decides, all under ``engine``, may still be ``auto``.
 
     Raises:
         UsageError: If a word is neither a recipe nor KEY=VALUE.
