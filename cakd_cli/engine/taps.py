@@ -27,8 +27,9 @@ class Tap:
     Attributes:
         layer: Name of a module.
         of_input: Whether its input is meant, not its output.
-        importance: Whether the row also holds how much each element speaks for the predicted class: Grad-CAM's
-            gradient times activation, where positive, averaged as the layer is (Selvaraju et al., arXiv 1610.02391).
+        importance: Whether the row also holds how much each element speaks for the predicted class: gradient times
+            activation, where positive, averaged as the layer is. Grad-CAM (arXiv 1610.02391) averages the gradient
+            first; taken place by place, as HiResCAM (arXiv 2011.08891) does, it tells where an element matters.
     """
 
     layer: str

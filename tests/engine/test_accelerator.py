@@ -67,9 +67,12 @@ def test_what_is_kept_is_what_the_teacher_says(make_trainer):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_compiled_run_learns_the_same(make_trainer, parts):
+    """Also from a compiled teacher that answers on its own stream while the student works."""
     losses = []
     for compiled in (False, True):
-        trainer = make_trainer("engine.device=cuda", f"engine.gradient_accumulation={parts}")
+        form = f"engine.teacher_form={'compiled' if compiled else 'plain'}"
+        words = ("engine.device=cuda", "engine.teacher_memory=off", form, f"engine.gradient_accumulation={parts}")
+        trainer = make_trainer(*words)
         if compiled:
             trainer.task.compile(parts)
         losses.append(trainer.train_epoch()["train"]["loss"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cakd_cli import losses
 from cakd_cli.losses import grouping
@@ -170,6 +171,69 @@ def test_other_classes_than_the_teachers_are_refused(name):
 
     with pytest.raises(ValueError, match=r"one shape \(batch, classes\), got \(8, 20\) and \(8, 19\)"):
         METHODS[name](student, teacher[:, :19], target.clamp(max=18))
+
+
+class Waits(TorchDispatchMode):
+    """Operations for which the host waits until an accelerator has computed what they are about."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal", "repeat_interleave")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        by_mask = "aten.index" in str(operation) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for argument in arguments
+            if isinstance(argument, list | tuple)
+            for index in argument
+        )
+        if by_mask or any(name in str(operation) for name in self.NAMES):
+            self.seen.append(str(operation))
+        return operation(*arguments, **(keywords or {}))
+
+
+PAIR = [{"student": "a", "teacher": "b"}]
+TERMS = [term() for term in losses.TERMS if term is not losses.CTKDTerm] + [
+    losses.CTKDTerm(reversal=1.0),
+    losses.CAKDFeaturesTerm(mask="activation", layers=PAIR),
+    losses.CAKDFeaturesTerm(mask="grad-cam", layers=PAIR, standardise=False),
+    *(losses.CAKDTerm(grouping=name) for name in ("top-k", "top-mass", "threshold")),
+    *(losses.CMKDTerm(difficulty=measure) for measure in ("entropy", "label", "confidence")),
+    losses.MLKDTerm(reference_quirks=True),
+]
+
+
+@pytest.mark.parametrize("several_labels", [False, True])
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.type)
+def test_no_term_waits_for_the_device(term, several_labels):
+    if several_labels and not term.takes_several_labels:
+        pytest.skip("it takes one label")
+    student, teacher, target = draw(batch=8, classes=10)
+    if several_labels:
+        target = torch.nn.functional.one_hot(target, 10).bool() | (teacher > 3)
+    learner = term.learner([6], [7], torch.randn(10, 7).double())
+    features = (
+        (torch.randn(8, 6).double().requires_grad_(),),
+        (torch.randn(8, 7).double(),),
+        (torch.rand(8, 7).double(),),
+    )
+    lesson = Lesson(student.requires_grad_(), teacher, target, *features)
+    learner = learner.double() if learner is not None else None
+
+    with Waits() as waits:
+        term.learn(lesson, learner).total.backward()
+
+    assert not waits.seen
+
+
+def test_what_waits_would_be_seen():
+    x = torch.arange(4.0)
+    for wait in (lambda: x[x > 1], lambda: x.sum().item(), lambda: bool(x[0]), lambda: torch.nonzero(x)):
+        with Waits() as waits:
+            wait()
+        assert waits.seen
 
 
 @pytest.mark.parametrize(
