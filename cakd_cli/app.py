@@ -1,8 +1,10 @@
 """Every command that a user can type."""
 
+import atexit
 import contextlib
 import errno
 import os
+import signal
 import sys
 from enum import StrEnum
 from typing import Annotated, NoReturn
@@ -10,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cakd_cli import __version__
-from cakd_cli.errors import CakdError, ExitCode, InputError, InterruptedRunError
+from cakd_cli.errors import CakdError, ExitCode, InputError, InterruptedRunError, UsageError
 
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in cakd, 2 a wrong word, 3 a wrong recipe, 4 missing or damaged input, "
@@ -414,11 +416,14 @@ def main() -> NoReturn:
         code = _report(_translate(error), json_mode=False)
     finally:
         _forget_unwritten_output()
+    # All is said and done: an impatient Ctrl-C must not interrupt what libraries do at the end.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 
 def _run(json_mode: bool) -> int:
     try:
+        _refuse_two_teachers(sys.argv[1:])
         app()
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):
@@ -440,6 +445,12 @@ def _run(json_mode: bool) -> int:
             raise
         return _report(_translate(error), json_mode)
     return int(ExitCode.OK)
+
+
+def _refuse_two_teachers(words: list[str]) -> None:
+    # Of any option the last counts, as everywhere; but who gives two teachers wants both.
+    if sum(word == "--teacher" or word.startswith("--teacher=") for word in words) > 1:
+        raise UsageError("--teacher is given twice", hint="several teachers are a list: teacher=[A, B]")
 
 
 def _forget_unwritten_output() -> None:

@@ -315,6 +315,7 @@ WRONG = [
     (2, "No such command 'distil'", ("distil",)),
     (2, "No such option", ("distill", "--temperature", "4")),
     (2, "Invalid value for '--epochs': Input should be a valid integer", ("distill", "--epochs", "many")),
+    (2, "--teacher is given twice", ("distill", "--teacher", "{teacher}", "--loss", "kd", "--teacher=x")),
     (2, "more than one recipe", ("distill", "digits/student", "digits/teacher")),
     (2, "Missing argument 'RUN'", ("eval",)),
     (2, "Missing option '--format'", ("export", "{teacher}")),
@@ -347,6 +348,20 @@ WRONG = [
         ("train-teacher", "--data", "digits", "--data-root", "/x", "--model", "resnet8"),
     ),
     (3, "takes 3 channels, the images have 1", ("train-teacher", *TOY, "--model", "torchvision:resnet18")),
+    (3, "answers with several outputs", ("train-teacher", *TOY, "--model", "torchvision:googlenet")),
+    (
+        3,
+        "vit_tiny_patch16_224 cannot take images of 3 x 8 x 8",
+        (
+            "train-teacher",
+            "--model",
+            "timm:vit_tiny_patch16_224",
+            "--data",
+            "tensors:{wrong}/colour.safetensors",
+            "--batch-size",
+            "9",
+        ),
+    ),
     (3, "no classifier 'resnet19'", ("train-teacher", *TOY, "--model", "torchvision:resnet19")),
     (3, "exclude each other", ("train-teacher", *TOY, "--model", "resnet8", "--resume", "--overwrite")),
     (3, "knows 4 classes, five has 5", (*ON, "tensors:{wrong}/five.safetensors")),
@@ -587,6 +602,11 @@ def test_a_loss_is_told_whole(cakd):
     assert settings["k"] == {"name": "k", "default": 5, "range": "a whole number >= 1", "meaning": "classes at the top"}
     assert settings["temperature"]["range"] == "a number > 0, <= 1000"
     assert {"pair": "cifar100/wrn-40-2-wrn-16-2", "settings": {"w1": 2, "w2": 6}} in document["published"]
+    assert (
+        settings["w1"]["range"]
+        == "a number >= 0 or {type: linear | cosine | step, start, end, epochs} or {type: adaptive, base, bound}"
+    )
+    assert "adaptive" not in settings["weight"]["range"]
     for part in ("w0 T^2 mean KL(b)", "arXiv 2512.04625", "cifar100/wrn-40-2-wrn-16-2: w1: 2, w2: 6"):
         assert part in text
 
@@ -601,6 +621,13 @@ def test_every_loss_can_be_told(cakd):
         assert all(
             setting["meaning"] and setting["range"] for term in document["terms"] for setting in term["settings"]
         )
+
+
+def test_a_term_without_a_method_of_its_name_is_told_too(cakd):
+    text = cakd("list", "losses", "cakd-features").out
+
+    assert "stands for" not in text
+    assert "layers: none  (a list, each {student, teacher})" in text
 
 
 def test_what_cannot_be_told(cakd):

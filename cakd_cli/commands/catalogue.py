@@ -1,6 +1,6 @@
 """cakd list."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cakd_cli import data, losses, models
@@ -57,12 +57,13 @@ def _losses() -> list[dict[str, str]]:
 def _describe(name: str) -> dict[str, Any]:
     """All about a method: what it stands for, and each of the terms that it is made of."""
     owners = {method: term for term in losses.TERMS for method in term.objectives}
-    if name not in owners:
-        raise UsageError(f"no loss '{name}'; {nearest(name, sorted(owners))}", hint="cakd list losses")
-    term = owners[name]
-    entries = term.objectives[name]
     kinds = {kind.model_fields["type"].default: kind for kind in losses.TERMS}
-    used = [kinds[kind] for kind in dict.fromkeys(entry["type"] for entry in entries)]
+    if name not in owners | kinds:
+        raise UsageError(f"no loss '{name}'; {nearest(name, sorted(owners))}", hint="cakd list losses")
+    term = owners.get(name) or kinds[name]
+    # A term that no method is named after stands for itself in a recipe's list.
+    entries = term.objectives.get(name, ())
+    used = [kinds[kind] for kind in dict.fromkeys(entry["type"] for entry in entries)] or [term]
     return {
         "name": name,
         "summary": term.summaries.get(name, _line(term)),
@@ -79,7 +80,7 @@ def _term(term: type[LossTerm]) -> dict[str, Any]:
         {
             "name": name,
             "default": field.get("default", "label" if name == "grouping" else None),
-            "range": _range(field, schema.get("$defs", {})),
+            "range": _range(field, schema.get("$defs", {}), adaptive=name in term.weighs),
             "meaning": field.get("description", ""),
         }
         for name, field in schema["properties"].items()
@@ -89,21 +90,34 @@ def _term(term: type[LossTerm]) -> dict[str, Any]:
     return {"type": kind, "formula": term.formula, "paper": term.paper, "settings": settings}
 
 
-def _range(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """Say what a setting may be, from its JSON schema."""
+def _range(schema: Mapping[str, Any], definitions: Mapping[str, Any], *, adaptive: bool = False) -> str:
+    """Say what a setting may be, from its JSON schema; ``adaptive`` where a weight may be."""
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return " or ".join(dict.fromkeys(_range(member, definitions) for member in schema[key]))
+            kinds = [_range(member, definitions, adaptive=adaptive) for member in schema[key] if "$ref" not in member]
+            return " or ".join(dict.fromkeys([*kinds, *_mappings(schema[key], definitions, adaptive=adaptive)]))
     if "$ref" in schema:
-        # Of a mapping with a type the type says enough.
-        kind = definitions[schema["$ref"].rpartition("/")[2]]
-        return f"{{type: {kind['properties']['type']['const']}}}"
+        return " or ".join(_mappings([schema], definitions, adaptive=adaptive))
     if "enum" in schema or "const" in schema:
         return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
     if schema["type"] == "array":
-        return "a list" + (f" of numbers {found}" if (found := _bounds(schema["items"])) else "")
+        return f"a list, each {_range(schema['items'], definitions)}"
     words = {"boolean": "true or false", "null": "none", "integer": "a whole number", "number": "a number"}
     return " ".join(filter(None, [words.get(schema["type"], schema["type"]), _bounds(schema)]))
+
+
+def _mappings(schemas: Sequence[Mapping[str, Any]], definitions: Mapping[str, Any], *, adaptive: bool) -> Iterator[str]:
+    """Say the keys of the mappings among the schemas; those that differ in their type alone together."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for schema in schemas:
+        if "$ref" in schema:
+            properties = dict(definitions[schema["$ref"].rpartition("/")[2]]["properties"])
+            kind = properties.pop("type", {}).get("const", "")
+            if adaptive or kind != "adaptive":
+                kinds.setdefault(tuple(properties), []).append(kind)
+    for keys, names in kinds.items():
+        kind = " | ".join(filter(None, names))
+        yield "{" + ", ".join([*([f"type: {kind}"] if kind else []), *keys]) + "}"
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         "teacher": memory.facts["teacher"],
         "data": memory.facts["data"],
         "computed": memory.identity.computed,
+        "says": memory.identity.says,
         "stored": memory.identity.stored,
         "views_per_image": memory.identity.per_sample,
         "rows": memory.identity.rows,

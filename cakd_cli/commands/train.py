@@ -57,7 +57,7 @@ def train(
         raise RecipeError(
             "train-teacher learns from labels alone, but the loss compares with a teacher", hint="cakd distill"
         )
-    path = Path(out) if out else _default_out(recipe, distil=distil)
+    path = Path(out) if out else _default_out(recipe, flags.get("loss"), distil=distil)
     run_directory.check_free(path, resume=resume, overwrite=overwrite)
     _check_sources(recipe, path)
     prepared = training.prepare(recipe)
@@ -84,8 +84,9 @@ def _check_sources(recipe: Recipe, out: Path) -> None:
             raise RecipeError(f"{source} lies in {out}, where the run would be written", hint="give another --out")
 
 
-def _default_out(recipe: Recipe, *, distil: bool) -> Path:
-    role = next((term.type for term in recipe.loss if term.needs_teacher), "alone") if distil else "teacher"
+def _default_out(recipe: Recipe, method: str | None, *, distil: bool) -> Path:
+    asked = method or next((term.type for term in recipe.loss if term.needs_teacher), "alone")
+    role = asked if distil else "teacher"
     name = "-".join([recipe.data.label, recipe.model.label, role, f"seed{recipe.seed}"])
     return Path("runs") / name.replace(":", "-").replace("/", "-")
 

@@ -114,6 +114,11 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _cores() -> int:
+    """Count the cores that this process may use; more workers would only wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class FolderSplit(Split):
     """Files and their labels; nothing is decoded before it is asked for."""
 
@@ -178,7 +183,7 @@ class FolderSplit(Split):
         loader: DataLoader[Any] = DataLoader(
             _Images(self._samples, seed, self._spec, self._decoded),
             batch_sampler=batches,
-            num_workers=min(self._spec.workers, len(batches)),
+            num_workers=min(self._spec.workers, len(batches), _cores()),
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,

@@ -183,6 +183,8 @@ def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> Non
                 f"{source} labels of shape {tuple(labels.shape)} run from {labels.min()} to {labels.max()}",
                 hint="for several labels an image they must be 0 and 1",
             )
+        if not labels.any():
+            raise InputError(f"{source} labels are all 0", hint="at least one image must have a label")
         return
     if labels.shape != images.shape[:1] or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise InputError(

@@ -41,7 +41,8 @@ class Ensemble(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.combine = combine
-        shares_M = torch.tensor(weights, dtype=torch.float64)
+        # By the largest, so that their sum stays finite.
+        shares_M = torch.tensor(weights, dtype=torch.float64) / max(weights)
         self.register_buffer("log_share_M", (shares_M / shares_M.sum()).log().float(), persistent=False)
         for number, (own_mean, own_std) in enumerate(normalisations):
             scale, shift = (torch.empty(1, len(mean), 1, 1, dtype=torch.float64) for _ in range(2))

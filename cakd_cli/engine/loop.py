@@ -187,8 +187,10 @@ class Trainer:
         sums, (raised, first_bad), self.pulls = values[:count], values[count : count + 2], values[count + 2 :]
         if raised:
             where = f"step {int(first_bad)} (epoch {int(first_bad) // self.steps_per_epoch + 1})"
+            bad = [name for name, value in zip(self.part_names, sums, strict=True) if not math.isfinite(value)]
+            what = f"the loss ({', '.join(bad)})" if bad else "a gradient"
             raise DivergedError(
-                f"the loss or a gradient is not finite at {where}; the weights were left as they were before it",
+                f"{what} is not finite at {where}; the weights were left as they were before it",
                 hint=self._hint_on_divergence(),
             )
         parts = self.step * self.recipe.engine.gradient_accumulation

@@ -136,6 +136,8 @@ def model_card(saved: SavedModel) -> str:
         "",
         f"- input: {channels} x {height} x {width}, pixels in [0, 1], minus mean {list(saved.mean)}, "
         f"divided by {list(saved.std)}",
+        "- output: one logit a class"
+        + ("; an image may have several labels, so each class is decided by itself" if "map" in test else ""),
         f"- loss: {facts.get('loss', 'unknown')}",
     ]
     if "teacher" in facts:

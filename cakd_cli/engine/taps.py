@@ -9,7 +9,7 @@ Shape suffixes: B batch, C classes, D elements of a layer.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Tap:
     """A layer to listen to.
 
     Attributes:
-        layer: Name of a module.
+        layer: Name of a module; empty for the classifier that :func:`locate` finds, whose input is meant then.
         of_input: Whether its input is meant, not its output.
         importance: Whether the row also holds how much each element speaks for the predicted class: gradient times
             activation, where positive, averaged as the layer is. Grad-CAM (arXiv 1610.02391) averages the gradient
@@ -149,29 +149,25 @@ def pooled(value: Tensor) -> Tensor:
     return value.mean(1) if value.ndim == 3 else value.flatten(1)
 
 
-def student_layers(terms: Sequence[LossTerm]) -> tuple[Tap | None, ...]:
-    """Where the terms listen in the student, in their order; None is the input of its classifier."""
-    return tuple(Tap(mine) if mine else None for term in terms for mine, _ in term.layer_names)
+def student_layers(terms: Sequence[LossTerm]) -> tuple[Tap, ...]:
+    """Where the terms listen in the student, in their order."""
+    return tuple(Tap(mine) for term in terms for mine, _ in term.layer_names)
 
 
-def teacher_layers(terms: Sequence[LossTerm]) -> tuple[Tap | None, ...]:
-    """Where the terms listen in the teacher, in their order; None is the input of its classifier."""
-    return tuple(
-        Tap(theirs, importance=term.needs_importance) if theirs else None
-        for term in terms
-        for _, theirs in term.layer_names
-    )
+def teacher_layers(terms: Sequence[LossTerm]) -> tuple[Tap, ...]:
+    """Where the terms listen in the teacher, in their order."""
+    return tuple(Tap(theirs, importance=term.needs_importance) for term in terms for _, theirs in term.layer_names)
 
 
 @torch.no_grad()
 def locate(
-    network: nn.Module, layers: Sequence[Tap | None], num_classes: int, image: Tensor, *, name: str
+    network: nn.Module, layers: Sequence[Tap], num_classes: int, image: Tensor, *, name: str
 ) -> tuple[tuple[Tap, ...], tuple[int, ...]]:
     """Find layers in a network and measure what they give.
 
     Args:
         network: On the device of the image.
-        layers: Where to listen; None is the input of the classifier.
+        layers: Where to listen.
         num_classes: Which the classifier tells apart.
         image: Shape (1, channels, height, width).
         name: What the network is called in an error.
@@ -183,8 +179,9 @@ def locate(
         RecipeError: If a layer does not exist, is not used, or does not answer with one tensor.
     """
     taps, sizes = [], [num_classes]
-    for layer in layers:
-        tap = layer or Tap(find_classifier(network, num_classes, name=name), of_input=True)
+    for tap in layers:
+        if not tap.layer:
+            tap = replace(tap, layer=find_classifier(network, num_classes, name=name), of_input=True)
         modules = dict(network.named_modules())
         if tap.layer not in modules:
             raise RecipeError(f"{name} has no layer '{tap.layer}'", hint=_near_layers(modules, tap.layer))

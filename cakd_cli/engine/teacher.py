@@ -58,7 +58,7 @@ def load_teacher(
     spec: RunTeacher | ModelSpec | EnsembleTeacher,
     data: ImageDataSet,
     hardware: Hardware,
-    layers: tuple[Tap | None, ...] = (),
+    layers: tuple[Tap, ...] = (),
 ) -> Teacher:
     """Read a teacher and check that its classes are the data's, and that it has the layers to be tapped.
 
@@ -91,9 +91,7 @@ def load_teacher(
     )
 
 
-def _load_one(
-    spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, layers: tuple[Tap | None, ...]
-) -> Teacher:
+def _load_one(spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, layers: tuple[Tap, ...]) -> Teacher:
     facts: Mapping[str, Any] = {}
     mean, std = data.mean, data.std
     if isinstance(spec, RunTeacher):
@@ -112,6 +110,7 @@ def _load_one(
     else:
         name, network = spec.label, spec
         model = initial_model(spec, data)
+        check_takes(model, data, f"the teacher {name}")
         if isinstance(spec, ExternalSpec) and spec.pretrained:
             mean, std = spec.normalisation()
     for parameter in model.parameters():
@@ -141,6 +140,29 @@ def initial_model(spec: ModelSpec, data: ImageDataSet) -> nn.Module:
         load = load_but_head if isinstance(spec, ExternalSpec) and spec.pretrained else load_state
         load(model, read_state(Path(spec.weights).expanduser()), source=spec.weights)
     return model
+
+
+def check_takes(model: nn.Module, data: ImageDataSet, name: str) -> None:
+    """Show a network, on the CPU, one image of the data's size.
+
+    Raises:
+        RecipeError: If it cannot take it, or does not answer with a logit a class.
+    """
+    try:
+        # Not in inference mode: what a network computes once and keeps must serve training too.
+        with torch.no_grad():
+            answer = model.eval()(torch.zeros(1, data.channels, *data.image_size))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Other people's networks refuse with whatever they like.
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(
+            f"{name} cannot take images of {_size([data.channels, *data.image_size])}: {why}",
+            hint="another network; or, for a folder's images, another size: data.image_size=224",
+        ) from error
+    if not isinstance(answer, torch.Tensor) or answer.shape != (1, data.num_classes):
+        raise RecipeError(f"{name} does not answer with one logit for each of {data.num_classes} classes")
 
 
 def _check_classes(names: tuple[str, ...], data: ImageDataSet, path: str) -> None:

@@ -7,7 +7,8 @@ folded-fp32   folded, in float32 although the recipe says bf16: faster where bf1
 folded-nchw   folded, in the layout of channels first
 compiled      folded, then compiled
 
-A teacher whose inner layers are tapped has the plain form alone: folding changes what layers say.
+A teacher whose inner layers are tapped has the plain form alone: folding changes what layers say. So has one that
+is asked for gradients on its way.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ class Form:
     """
 
     def __init__(self, teacher: Teacher, name: str, hardware: Hardware) -> None:
-        if name != "plain" and any(not tap.of_input for tap in teacher.taps):
+        if name != "plain" and _plain_alone(teacher):
             raise ValueError("layers inside a network are not what they were once it is folded")
         self.name = name
         if name in ("folded-fp32", "folded-bf16"):
@@ -90,6 +91,10 @@ class Form:
         return answers_BC
 
 
+def _plain_alone(teacher: Teacher) -> bool:
+    return any(tap.importance or not tap.of_input for tap in teacher.taps)
+
+
 def choose(
     teacher: Teacher, hardware: Hardware, images: Tensor, *, asks: int, compiled: str, float32: bool
 ) -> tuple[Form, str]:
@@ -112,7 +117,7 @@ def choose(
     plain(images)  # the first call of a kernel is not like the others
     seconds = {"plain": _seconds(plain, images, hardware)}
     expected = seconds["plain"] / len(images) * asks
-    if expected < WORTH_MEASURING_SECONDS or any(not tap.of_input for tap in teacher.taps):
+    if expected < WORTH_MEASURING_SECONDS or _plain_alone(teacher):
         return plain, ""
     exact = Form(teacher, "plain", hardware.full_precision())(images)
     bar = max(_SLACK * _distance(plain(images), exact, teacher.sizes), _FLOOR)

@@ -26,7 +26,7 @@ from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.engine.stopwatch import Stopwatch
 from cakd_cli.engine.task import Task
-from cakd_cli.engine.teacher import Teacher, check_teacher, initial_model, load_teacher
+from cakd_cli.engine.teacher import Teacher, check_takes, check_teacher, initial_model, load_teacher
 from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError
 from cakd_cli.evaluation import cost, metrics
 from cakd_cli.evaluation.predict import Normalisation, predict
@@ -89,16 +89,7 @@ def prepare(recipe: Recipe) -> Prepared:
     data = _place(data, machine)
     torch.manual_seed(recipe.seed)
     student = initial_model(recipe.model, data)
-    try:
-        with torch.inference_mode():
-            answer = student.eval()(torch.zeros(1, data.channels, *data.image_size))
-    except (RuntimeError, ValueError) as error:
-        raise RecipeError(
-            f"{recipe.model.label} cannot take images of "
-            f"{data.channels} x {data.image_size[0]} x {data.image_size[1]}: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(answer, torch.Tensor) or answer.shape != (1, data.num_classes):
-        raise RecipeError(f"{recipe.model.label} does not answer with one logit a class")
+    check_takes(student, data, recipe.model.label)
     # After the probe, so that it draws no random numbers from the run.
     torch.manual_seed(recipe.seed)
     teacher = None
@@ -198,6 +189,12 @@ def _train(
 def _say_what_was_chosen(prepared: Prepared, progress: Progress) -> None:
     for key, reason in prepared.reasons.items():
         progress.note(f"{key}: {_value(prepared.recipe, key)} ({reason})")
+    for number, term in enumerate(prepared.recipe.loss):
+        k = getattr(getattr(term, "grouping", term), "k", 0)
+        if k >= prepared.data.num_classes:
+            progress.note(
+                f"warning: loss.{number}: the top {k} are all {prepared.data.num_classes} classes, and leave no rest"
+            )
     if prepared.data.validation is None:
         progress.note("no image is held out: the last epoch's network is kept, not the best one's")
 

@@ -32,6 +32,10 @@ class ExternalSpec(ModelSpec):
         raise NotImplementedError
 
 
+# Of torchvision's classifiers.
+_SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
+
+
 class TorchvisionSpec(ExternalSpec):
     """A torchvision classifier: torchvision:NAME."""
 
@@ -41,11 +45,14 @@ class TorchvisionSpec(ExternalSpec):
     def _known(self) -> list[str]:
         from torchvision import models
 
-        # These two return auxiliary outputs while they train.
-        return [name for name in models.list_models(module=models) if name not in ("googlenet", "inception_v3")]
+        return [name for name in models.list_models(module=models) if name not in _SEVERAL_OUTPUTS]
 
     def _check(self, in_channels: int) -> None:
         known = self._known()
+        if self.name in _SEVERAL_OUTPUTS:
+            raise RecipeError(
+                f"torchvision:{self.name} answers with several outputs while it trains", hint="choose another network"
+            )
         if self.name not in known:
             raise RecipeError(f"torchvision has no classifier '{self.name}'", hint=nearest(self.name, known))
         if in_channels != 3:

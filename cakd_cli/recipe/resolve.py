@@ -181,6 +181,9 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
     if key == "teacher" and isinstance(value, list):
         value = {"type": "ensemble", "members": value}
     if key == "teacher" and isinstance(value, dict) and isinstance(value.get("members"), list):
+        if any(isinstance(member, list) for member in value["members"]):
+            mistakes.add(origin, "teacher: a list of teachers cannot hold another list")
+            return {"type": "run", "path": "."}
         members = [_expand(key, member, methods, mistakes, origin) for member in value["members"]]
         return {**value, "members": members}
     if not isinstance(value, str):
@@ -193,6 +196,8 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
         return {"type": value}
     if key == "teacher" and not value:
         mistakes.add(origin, "teacher: is empty")
+    if key == "teacher" and value.startswith("["):
+        mistakes.add(origin, f"teacher: is one network, got '{value}'; several are a list: teacher=[A, B]")
     if key == "teacher":
         name, _, argument = value.partition(":")
         if name in ("torchvision", "timm") and argument:
@@ -271,18 +276,28 @@ def _validate(raw: dict[str, Any], mistakes: _Mistakes) -> Recipe | None:
         _check_whole(recipe, mistakes)
         return recipe
     places = [(_place(detail, raw), detail) for detail in details]
-    certain = [keys for keys, detail in places if not _other_kind(detail)]
     by_place: dict[Keys, list[Any]] = {}
     for keys, detail in places:
-        if not _other_kind(detail) or not any(place[: len(keys)] == keys for place in certain):
+        if not _follows(keys, detail, places):
             by_place.setdefault(keys, []).append(detail)
     for keys, group in by_place.items():
         mistakes.add(mistakes.origin(keys), f"{_dotted(keys)}: {_explain(keys, group, raw)}")
     return None
 
 
+def _follows(keys: Keys, detail: Any, places: list[tuple[Keys, Any]]) -> bool:
+    """Whether a mistake is no more than what another brings with it.
+
+    A list is too short when its members are wrong. Where a number or a mapping may stand, only what was given can be
+    wrong in its own way.
+    """
+    within = [(place, other) for place, other in places if place[: len(keys)] == keys]
+    if detail["type"] == "too_short":
+        return any(len(place) > len(keys) for place, _ in within)
+    return _other_kind(detail) and not all(_other_kind(other) for _, other in within)
+
+
 def _other_kind(detail: Any) -> bool:
-    """Where a number or a mapping may stand, only what was given can be wrong in its own way."""
     wanted = {"float_type": float, "model_attributes_type": dict, "model_type": dict}.get(detail["type"])
     return wanted is not None and isinstance(detail["input"], dict) != (wanted is dict)
 
@@ -383,9 +398,14 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
     engine = recipe.engine
     if not recipe.loss:
         wrong(("loss",), "needs at least one term")
+    elif all(term.weight == 0 for term in recipe.loss):
+        wrong(("loss",), "no term has a weight above 0")
+    elif all(term.layer_names for term in recipe.loss):
+        wrong(("loss",), "no term looks at the logits, so the classifier would not learn; add cross-entropy or kd")
     if recipe.needs_teacher and recipe.teacher is None:
         term = next(term for term in recipe.loss if term.needs_teacher)
         wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")
+    several = isinstance(recipe.teacher, EnsembleTeacher)
     for teacher in single_teachers(recipe.teacher):
         # About noise nobody knows anything, and its recipes are there to measure time.
         if (
@@ -393,8 +413,9 @@ def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
             and not (teacher.weights or getattr(teacher, "pretrained", False))
             and recipe.data.type != "noise"
         ):
-            wrong(("teacher",), f"{teacher.label} has fresh weights; set teacher.weights=FILE, or name a run directory")
-    if isinstance(recipe.teacher, EnsembleTeacher) and any(term.layer_names for term in recipe.loss):
+            place = f"{{type: {teacher.label}, weights: FILE}} in the list" if several else "teacher.weights=FILE"
+            wrong(("teacher",), f"{teacher.label} has fresh weights; give {place}, or name a run directory")
+    if several and any(term.layer_names for term in recipe.loss):
         wrong(("teacher",), "is several networks, and features are compared with one; use --loss cakd-logits")
     if recipe.optimizer.type == "sgd" and recipe.optimizer.nesterov and not recipe.optimizer.momentum:
         wrong(("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false")

@@ -37,8 +37,9 @@ def show_loss(stdout: Console, loss: Mapping[str, Any]) -> None:
         stdout.print(line, markup=False, highlight=False)
 
     say(f"{loss['name']}  {loss['summary']}")
-    say("")
-    say(f"--loss {loss['name']} stands for")
+    if loss["objective"]:
+        say("")
+        say(f"--loss {loss['name']} stands for")
     for entry in loss["objective"]:
         say(_settings(entry), indent=2)
     for term in loss["terms"]:
@@ -75,7 +76,7 @@ def show_memories(stdout: Console, rows: Sequence[Mapping[str, Any]], folder: st
         known = f"{row['known'] / row['rows']:.0%} of {row['rows']:,} answers"
         stdout.print(
             f"{row['key']}  {known}, {decimal(row['bytes'])} on disk\n"
-            f"  {row['teacher']}, {row['computed']}, kept in {row['stored']}\n"
+            f"  {row['says']} of {row['teacher']}, {row['computed']}, kept in {row['stored']}\n"
             f"  about {row['data']}, {row['views_per_image']} views an image",
             markup=False,
         )
@@ -90,14 +91,19 @@ def show_bench(stdout: Console, report: Mapping[str, Any]) -> None:
         markup=False,
     )
     table = Table(box=SIMPLE_HEAD)
-    for name in ("", "images/s", "to plain", "of peak", "peak memory"):
+    against = bool(report["ratio_spread"])
+    for name in ("", "images/s", *(["to plain"] if against else []), "of peak", "peak memory"):
         table.add_column(name, justify="right" if name else "left")
     for name, rate in report["images_per_second"].items():
         spread = report["ratio_spread"].get(name)
         table.add_row(
             {"live": "teacher live", "memory_warm": "memory warm"}.get(name, name),
             f"{rate['median']:,.0f}",
-            f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})" if spread else "",
+            *(
+                [f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})" if spread else ""]
+                if against
+                else []
+            ),
             f"{report['share_of_peak'][name]:.0%}" if name in report["share_of_peak"] else "",
             _peak(report["peak_memory_bytes"][name]),
         )
@@ -109,7 +115,8 @@ def show_bench(stdout: Console, report: Mapping[str, Any]) -> None:
     stdout.print(
         f"an image: student forward {count(flops['student'])}FLOP, teacher {count(flops['teacher'])}FLOP "
         f"(2 per multiply-add); peak: {count(report['peak_flops_per_second'])}FLOP/s by a matrix product\n"
-        f"medians of {report['rounds']} rounds, least to most in brackets; data loading counts; plain is float32\n"
+        f"medians of {report['rounds']} rounds{', least to most in brackets' if against else ''}; data loading counts"
+        f"{'; plain is float32' if against else ''}\n"
         "peak memory is the main process's, without answers on disk",
         markup=False,
     )
@@ -158,7 +165,7 @@ def _term(term: Mapping[str, Any]) -> str:
 
 def _setting(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " ".join(_setting(part) for part in value.values())
+        return "{" + ", ".join(f"{key}: {_setting(part)}" for key, part in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(_setting(part) for part in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -143,8 +143,9 @@ def test_losses_of_one_label_are_refused(cakd, several_file, tmp_path, loss):
     ("train", "test", "message"),
     [
         (torch.full((4, 3), 2), torch.zeros(4, 3), "run from 2 to 2"),
-        (torch.zeros(4, 3), torch.zeros(4, 2), "test labels are (4, 2)"),
-        (torch.zeros(4, 3), torch.zeros(4), "train labels are (4, 3), test labels (4,)"),
+        (torch.eye(4)[:, :3], torch.zeros(4, 2), "test labels are (4, 2)"),
+        (torch.eye(4)[:, :3], torch.zeros(4), "train labels are (4, 3), test labels (4,)"),
+        (torch.eye(4)[:, :3], torch.zeros(4, 3), "test labels are all 0"),
     ],
 )
 def test_wrong_labels(cakd, tmp_path, train, test, message):

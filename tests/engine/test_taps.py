@@ -41,7 +41,7 @@ def naive(network, images):
 
 
 def test_a_row_is_the_logits_and_what_each_tap_gives(network, images):
-    taps, sizes = locate(network, [Tap("layer2"), None, Tap("layer3.0")], 10, images[:1], name="it")
+    taps, sizes = locate(network, [Tap("layer2"), Tap(""), Tap("layer3.0")], 10, images[:1], name="it")
     row = Tapped(network, taps)(images)
 
     logits, layer2, pooled, block = row.split(list(sizes), 1)
@@ -129,7 +129,7 @@ def test_channels_may_come_last(images):
         def forward(self, x):
             return self.fc(self.last(x).mean((1, 2)))
 
-    taps, sizes = locate(Network(), [Tap("last"), None], 10, images[:1], name="it")
+    taps, sizes = locate(Network(), [Tap("last"), Tap("")], 10, images[:1], name="it")
     row = Tapped(Network(), taps)(images)
 
     assert sizes == (10, 3, 3)
@@ -161,7 +161,7 @@ def test_compiled_rows_are_the_same(network, images):
 def test_a_folded_teacher_gives_the_same_features(form):
     teacher = used_teacher("wrn-16-1", CPU)
     image = torch.zeros(1, 3, 16, 16)
-    taps, sizes = locate(teacher.model, [None], 10, image, name="it")
+    taps, sizes = locate(teacher.model, [Tap("")], 10, image, name="it")
     teacher = teacher.__class__(**{**vars(teacher), "taps": taps, "sizes": sizes})
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
 
@@ -222,7 +222,7 @@ def test_a_network_without_a_linear_classifier(images):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
     with pytest.raises(RecipeError, match="it has no linear classifier of 10 classes") as caught:
-        locate(network, [None], 10, images[:1], name="it")
+        locate(network, [Tap("")], 10, images[:1], name="it")
 
     assert "--loss cakd-logits" in caught.value.hint
 
@@ -248,7 +248,9 @@ LAYERS = (
 )
 
 
-@pytest.mark.parametrize("loss", [None, LAYERS % "grad-cam", LAYERS % "activation"])
+@pytest.mark.parametrize(
+    "loss", [None, "{type: cakd-features, mask: grad-cam}", LAYERS % "grad-cam", LAYERS % "activation"]
+)
 def test_the_connector_is_trained_and_never_saved(cakd, words, tmp_path, loss):
     result = cakd(*words, *([f"loss.2={loss}"] if loss else []), "--out", tmp_path / "run")
 
