@@ -204,7 +204,7 @@ class Trainer:
                 self.progress.note(line)
 
     def _hint_on_divergence(self) -> str:
-        hint = "lower optimizer.learning_rate, or set schedule.warmup_epochs"
+        hint = "lower optimizer.learning_rate or the weight of a loss term, or set schedule.warmup_epochs"
         return hint + (", or engine.precision=fp32" if self.hardware.precision == "bf16" else "")
 
     def _validate(self) -> dict[str, Any]:
