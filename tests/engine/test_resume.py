@@ -325,7 +325,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(cakd, words, tmp_path):
         "optimizer.learning_rate=1e-9",
     )
 
-    result = cakd(*words, "--teacher", bad, "--out", tmp_path / "run")
+    result = cakd(*words[: words.index("--teacher")], "--teacher", bad, "--out", tmp_path / "run")
 
     assert (result.code, "near chance" in result.err) == (4, True)
     assert not (tmp_path / "run").exists()
