@@ -5,13 +5,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from rich.filesize import decimal
 from torch import Tensor
 
 from cakd_cli.data import ImageDataSet, Views
 from cakd_cli.engine import teacher_forms, teacher_memory
 from cakd_cli.engine.answers import Answers
+from cakd_cli.engine.ensemble import Ensemble
 from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.taps import Tap, locate
 from cakd_cli.engine.teacher import Teacher
 from cakd_cli.engine.teacher_forms import Form
 from cakd_cli.engine.teacher_memory import Identity, TeacherMemory
@@ -21,15 +24,40 @@ from cakd_cli.recipe.schema import EngineOptions, Recipe
 
 def settle_memory(
     options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware
-) -> tuple[EngineOptions, str]:
-    """Settle where answers are kept and how exactly.
+) -> tuple[EngineOptions, str, Teacher]:
+    """Settle what of a teacher's answers is kept, where, and how exactly.
+
+    A memory on disk holds the input of the teacher's classifier beside the logits if there is room for both, whatever
+    this run needs: so the teacher is asked once by students that learn from logits and those that learn from features.
 
     Returns:
-        The options without ``auto``, and why where it was not asked for.
+        The options without ``auto``, why where it was not asked for, and the teacher whose answers hold all that.
 
     Raises:
         RecipeError: If a memory is asked for, and training has no end of views.
     """
+    wide = _with_features(teacher, data, hardware) if options.teacher_memory in ("auto", "disk") else None
+    if wide is not None:
+        settled, reason = _settle_memory(options, wide, data, hardware)
+        if settled.teacher_memory == "disk":
+            return settled, reason, wide
+    return *_settle_memory(options, teacher, data, hardware), teacher
+
+
+def _with_features(teacher: Teacher, data: ImageDataSet, hardware: Hardware) -> Teacher | None:
+    if teacher.taps or isinstance(teacher.model, Ensemble):
+        return None
+    image = torch.zeros(1, data.channels, *data.image_size, device=hardware.device)
+    try:
+        taps, sizes = locate(teacher.model, [Tap("")], data.num_classes, image, name=teacher.name)
+    except RecipeError:
+        return None  # it has no linear classifier
+    return replace(teacher, taps=taps, sizes=sizes)
+
+
+def _settle_memory(
+    options: EngineOptions, teacher: Teacher, data: ImageDataSet, hardware: Hardware
+) -> tuple[EngineOptions, str]:
     where, stored = str(options.teacher_memory), str(options.teacher_memory_precision)
     if stored == "auto":
         # bf16 has fewer digits than fp16, and logits are far from the ends of its range.

@@ -100,7 +100,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if teacher is None:
         engine = engine.model_copy(update=_WITHOUT_TEACHER)
     else:
-        engine, why = teaching.settle_memory(engine, teacher, data, machine)
+        engine, why, teacher = teaching.settle_memory(engine, teacher, data, machine)
         if why:
             reasons["engine.teacher_memory"] = why
     recipe = recipe.model_copy(update={"engine": engine})

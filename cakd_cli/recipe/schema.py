@@ -128,7 +128,7 @@ class EngineOptions(Section):
         "auto", description="of the kept answers; auto loses nothing: fp16 where the teacher computes in bf16"
     )
     teacher_memory_gb: float = Field(
-        4.0, gt=0, le=1e6, description="most room for all answers, in 10^9 bytes; over it the teacher is asked live"
+        8.0, gt=0, le=1e6, description="most room for all answers, in 10^9 bytes; over it the teacher is asked live"
     )
     channels_last: bool = Field(True, description="memory layout that convolutions prefer")
     ema_decay: float = Field(

@@ -233,7 +233,7 @@ def test_held_out_answers_that_are_not_finite_stop_the_run(make_trainer):
 
 def test_terms_are_weighted_summed_and_named(make_trainer):
     terms = "loss=[{type: cross-entropy, weight: 0.5}, {type: kd, weight: 2}, {type: kd, temperature: 2}]"
-    trainer = make_trainer(terms, loss=None)
+    trainer = make_trainer(terms, "engine.teacher_memory=off", loss=None)
     batch = next(trainer.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=torch.device("cpu")))
 
     teacher = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))

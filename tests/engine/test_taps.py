@@ -264,17 +264,21 @@ def test_the_connector_is_trained_and_never_saved(cakd, words, tmp_path, loss):
 
 
 def test_a_run_on_features_asks_nobody_what_another_has_asked(cakd, words, tmp_path):
+    logits = cakd(*words, "--out", tmp_path / "logits", "--loss", "kd")
     first = cakd(*words, "--out", tmp_path / "one")
     second = cakd(*words, "--out", tmp_path / "two", "optimizer.learning_rate=0.03")
-    logits = cakd(*words, "--out", tmp_path / "three", "--loss", "kd")
+    layers = cakd(*words, "--out", tmp_path / "layers", f"loss.2={LAYERS % 'activation'}")
+    narrow = cakd(*words, "--out", tmp_path / "narrow", "--loss", "kd", "engine.teacher_memory_gb=0.0001")
 
-    assert (first.code, second.code, logits.code) == (0, 0, 0)
-    assert sum(asked(tmp_path / "one")) > 0
-    assert sum(asked(tmp_path / "two")) == 0
-    # Logits alone are another memory, with smaller rows.
-    assert sum(asked(tmp_path / "three")) > 0
+    assert [run.code for run in (logits, first, second, layers, narrow)] == [0] * 5
+    assert sum(asked(tmp_path / "logits")) > 0
+    # The classifier's input is kept beside the logits, whoever asks.
+    assert sum(asked(tmp_path / "one")) == sum(asked(tmp_path / "two")) == 0
+    # Other layers are another memory, and so are logits where there is room for them alone.
+    assert sum(asked(tmp_path / "layers")) > 0
+    assert sum(asked(tmp_path / "narrow")) > 0
     listed = cakd("teacher-memory", "list", "--json").document
-    assert len(listed) == 2
+    assert sorted(row["says"] for row in listed) == ["logits", "logits, input of fc", "logits, layer2, layer3"]
 
 
 def asked(path):
