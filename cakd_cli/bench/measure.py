@@ -72,7 +72,9 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
     if plain and any(term.layer_names for term in recipe.loss):
         raise RecipeError("the plain loop compares logits alone, and the loss has features", hint="loss=cakd-logits")
-    prepared = training.prepare(recipe)
+    # Without a memory and with one: both are measured whatever the recipe says, in RAM and of this loss alone.
+    off = recipe.engine.model_copy(update={"teacher_memory": "off"})
+    prepared = training.prepare(recipe.model_copy(update={"engine": off}))
     prepared.hardware.keep_freed_memory()
     with _scratch() as directory:
         # The plain loop's networks are copied before the engine lays them out.

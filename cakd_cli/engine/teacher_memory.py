@@ -122,8 +122,7 @@ class TeacherMemory:
         self._sizes = (identity.rows * identity.row_bytes, identity.rows * _CHECKSUM_BYTES)
         self._files: list[int] = []
         if folder is None:
-            # It takes room as it is written, and most of it never may be.
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # takes room as it is written
             self._maps = [mmap.mmap(-1, size, flags=flags) for size in self._sizes]
             return
         self.facts = read_facts(folder)
