@@ -70,7 +70,7 @@ Words = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar100, folder:PATH, tensors:FILE, ... (cakd list data)")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of data that is downloaded.")]
-Teacher = Annotated[str | None, typer.Option(help="Run directory, torchvision:NAME or timm:NAME.")]
+Teacher = Annotated[str | None, typer.Option(help="Run directory, torchvision:NAME, timm:NAME, or a list: '[A, B]'.")]
 Student = Annotated[str | None, typer.Option(help="resnet8, torchvision:NAME, ... (cakd list models)")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="As listed; all by default.")]
 Out = Annotated[str | None, typer.Option(help="Run directory; by default runs/ and a name made of the settings.")]
@@ -450,7 +450,7 @@ def _run(json_mode: bool) -> int:
 def _refuse_two_teachers(words: list[str]) -> None:
     # Of any option the last counts, as everywhere; but who gives two teachers wants both.
     if sum(word == "--teacher" or word.startswith("--teacher=") for word in words) > 1:
-        raise UsageError("--teacher is given twice", hint="several teachers are a list: teacher=[A, B]")
+        raise UsageError("--teacher is given twice", hint="several teachers are a list: --teacher '[A, B]'")
 
 
 def _forget_unwritten_output() -> None:

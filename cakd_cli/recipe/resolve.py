@@ -178,6 +178,12 @@ def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:
 
 def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _Mistakes, origin: str) -> Any:
     """Turn the short forms ``digits``, ``folder:PATH``, ``torchvision:NAME``, ``dkd`` into mappings and lists."""
+    if key == "teacher" and isinstance(value, str) and value.startswith("["):
+        document = strict_yaml.parse(value)  # a flag's value, which is text
+        for _, message in document.problems:
+            mistakes.add(origin, f"teacher: {message}")
+        if not document.problems:
+            value = document.value
     if key == "teacher" and isinstance(value, list):
         value = {"type": "ensemble", "members": value}
     if key == "teacher" and isinstance(value, dict) and isinstance(value.get("members"), list):
@@ -196,8 +202,6 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
         return {"type": value}
     if key == "teacher" and not value:
         mistakes.add(origin, "teacher: is empty")
-    if key == "teacher" and value.startswith("["):
-        mistakes.add(origin, f"teacher: is one network, got '{value}'; several are a list: teacher=[A, B]")
     if key == "teacher":
         name, _, argument = value.partition(":")
         if name in ("torchvision", "timm") and argument:

@@ -186,7 +186,9 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
     table.add_column("")
     table.add_column(report["model"], justify="right")
     if teacher:
-        table.add_column(teacher["name"].partition(" of ")[0] + " (teacher)", justify="right")
+        # Without the folders that runs of cakd are in.
+        networks = " and ".join(name.partition(" of ")[0] for name in teacher["name"].split(" and "))
+        table.add_column(f"{networks} (teacher)", justify="right")
     for label, key, style in (
         ("mAP", "map", "{:.2%}"),
         ("top-1", "top1", "{:.2%}"),

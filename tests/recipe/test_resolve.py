@@ -164,7 +164,7 @@ seed: 3
         (["loss=3"], BASE, "loss: "),
         (["loss.0.weight=0"], BASE, "loss: no term has a weight above 0"),
         (["loss=[{type: cakd-features}]"], BASE | {"teacher": "t"}, "loss: no term looks at the logits"),
-        ([], BASE | {"loss": "kd", "teacher": "[a, b]"}, "several are a list: teacher=[A, B]"),
+        ([], BASE | {"loss": "kd", "teacher": "[a, b"}, "--teacher: teacher: "),
         (["teacher=[a, [b, c]]", "loss=kd"], BASE, "a list of teachers cannot hold another list"),
         (["teacher=[a, 3]", "loss=kd"], BASE, "teacher.members.1: input should be a mapping"),
         (
