@@ -11,7 +11,7 @@ mkdir -p "$out"
 export CAKD_HOME=$out/home
 : > "$out/seconds.txt"
 for seed in ${SEEDS:-0 1 2}; do
-    for loss in kd dkd cakd-logits; do
+    for loss in kd dkd cakd; do
         for memory in off disk; do
             begin=$(date +%s.%N)
             cakd distill "evidence/$name-student" "$@" --teacher "$teacher" --loss "$loss" --seed "$seed" \
