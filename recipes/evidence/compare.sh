@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes a table of README.md again: one teacher, then students by four losses and several seeds.
+# Makes a table of README.md again: one teacher, then students by several losses and seeds.
 #
-#   bash recipes/evidence/compare.sh fashion-mnist runs/fashion-mnist --data-root FOLDER
+#   LOSSES="cross-entropy kd dkd cakd-logits cakd" \
+#       bash recipes/evidence/compare.sh fashion-mnist runs/fashion-mnist --data-root FOLDER
 #   LOSSES="cross-entropy kd dkd gdkd cmkd dist cakd" \
 #       bash recipes/evidence/compare.sh glyphs100 runs/glyphs100 --data tensors:glyphs100.safetensors
-#
 #   LOSSES="cross-entropy kd dkd cakd-logits" \
 #       bash recipes/evidence/compare.sh several-digits runs/several --data tensors:several-digits.safetensors
 #

@@ -3,7 +3,8 @@
     python recipes/evidence/loss_cost.py
 
 A step is the teacher's forward, the student's forward and backward, in bf16 where the machine has it. The cost of a
-loss is its forward and backward to the logits. Medians of 50; everything is measured in turns.
+loss is its forward and backward, to the logits or to the classifier's input. Medians of 50; everything is measured in
+turns.
 """
 
 import statistics
@@ -20,6 +21,8 @@ from cakd_cli.recipe.resolve import resolve
 from cakd_cli.recipe.schema import EngineOptions
 
 BATCH, CLASSES, ROUNDS = 64, 100, 50
+# Of both networks' classifiers.
+WIDTH = 256
 
 
 def main() -> None:
@@ -43,17 +46,18 @@ def main() -> None:
 
     def cost(term: losses.LossTerm) -> Callable[[], None]:
         ours = logits[0].clone().requires_grad_()
-        learner = term.learner([], [], None)
+        sizes = [WIDTH] * len(term.layer_names)
+        mine, theirs = torch.randn(2, BATCH, WIDTH, device=machine.device)
+        learner = term.learner(sizes, sizes, torch.randn(CLASSES, WIDTH))
         if learner is not None:
             learner.to(machine.device)
-        lesson = losses.Lesson(ours, logits[1], target)
+        lesson = losses.Lesson(ours, logits[1], target, (mine.requires_grad_(),), (theirs,))
         return lambda: term.learn(lesson, learner).total.backward()
 
     ways: dict[str, Callable[[], None]] = {"step": step}
     for term in losses.TERMS:
         settled = term().settled(1)  # type: ignore[call-arg]
-        if not settled.layer_names:
-            ways[settled.type] = cost(Weights([settled]).at(1)[0])
+        ways[settled.type] = cost(Weights([settled]).at(1)[0])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 3):
         for name, run in ways.items():

@@ -1,5 +1,6 @@
 """Nothing is lost: killed anywhere, a run ends as if it had not been killed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,6 +66,24 @@ class Killed(BaseException):
     """What no handler in the code under test may catch, as a kill would."""
 
 
+@contextlib.contextmanager
+def killed_after(steps):
+    """Kill what trains inside after so many steps."""
+    done = []
+    original = loop.Trainer._set_learning_rate
+
+    def dying(self):
+        if len(done) == steps:
+            raise Killed
+        done.append(self.step)
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_set_learning_rate", dying)
+        with pytest.raises(Killed):
+            yield
+
+
 # 9 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
 @pytest.mark.parametrize("moment", [0, 3, 9, 13, 18, 26])
 @pytest.mark.parametrize(
@@ -80,24 +99,12 @@ class Killed(BaseException):
     ],
     ids=["sgd", "everything that a checkpoint may hold"],
 )
-def test_killed_after_any_step(cakd, words, tmp_path, monkeypatch, moment, settings):
+def test_killed_after_any_step(cakd, words, tmp_path, moment, settings):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert cakd(*words, *settings, "--out", straight).code == 0
 
-    count = 0
-    original = loop.Trainer._set_learning_rate
-
-    def dying(self):
-        nonlocal count
-        count += 1
-        if count == moment + 1:
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", dying)
-    with pytest.raises(Killed):
+    with killed_after(moment):
         cakd(*words, *settings, "--out", killed)
-    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", original)
     result = cakd(*words, *settings, "--out", killed, "--resume")
 
     assert result.code == 0, result.err
@@ -120,19 +127,8 @@ def test_killed_with_answers_half_known(cakd, words, tmp_path, monkeypatch, mome
     assert cakd(*words, *settings, "--out", straight).code == 0
 
     monkeypatch.setenv("CAKD_HOME", str(tmp_path / "other"))
-    steps = []
-    original = loop.Trainer._set_learning_rate
-
-    def dying(self):
-        steps.append(0)
-        if len(steps) == moment + 1:
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", dying)
-    with pytest.raises(Killed):
+    with killed_after(moment):
         cakd(*words, *settings, "--out", killed)
-    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", original)
     result = cakd(*words, *settings, "--out", killed, "--resume")
 
     assert result.code == 0, result.err

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch.nn import functional
 from torch.testing import assert_close
 
-from cakd_cli.engine import compiling, loop, teacher_forms
+from cakd_cli.engine import compiling, teacher_forms
 from cakd_cli.engine.hardware import choose
 from cakd_cli.engine.taps import Tap, Tapped, locate
 from cakd_cli.engine.teacher_forms import Form
@@ -17,7 +17,7 @@ from cakd_cli.errors import RecipeError
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.recipe.schema import EngineOptions
 from tests.conftest import train_toy
-from tests.engine.test_resume import Killed, assert_same_run
+from tests.engine.test_resume import assert_same_run, killed_after
 from tests.engine.test_speed import used_teacher
 
 CPU = choose(EngineOptions(device="cpu", precision="fp32"))
@@ -286,22 +286,10 @@ def asked(path):
 
 
 @pytest.mark.parametrize("moment", [4, 13])
-def test_killed_and_resumed_with_a_connector(cakd, words, tmp_path, monkeypatch, moment):
+def test_killed_and_resumed_with_a_connector(cakd, words, tmp_path, moment):
     assert cakd(*words, "--out", tmp_path / "straight").code == 0
-    count = 0
-    original = loop.Trainer._set_learning_rate
-
-    def dying(self):
-        nonlocal count
-        count += 1
-        if count == moment + 1:
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", dying)
-    with pytest.raises(Killed):
+    with killed_after(moment):
         cakd(*words, "--out", tmp_path / "killed")
-    monkeypatch.setattr(loop.Trainer, "_set_learning_rate", original)
     assert cakd(*words, "--out", tmp_path / "killed", "--resume").code == 0
 
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
