@@ -1,18 +1,12 @@
 """Every command that a user can type."""
 
-import atexit
-import contextlib
-import errno
-import os
-import signal
-import sys
 from enum import StrEnum
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from cakd_cli import __version__
-from cakd_cli.errors import CakdError, ExitCode, InputError, InterruptedRunError, UsageError
+from cakd_cli.export import formats
 
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in cakd, 2 a wrong word, 3 a wrong recipe, 4 missing or damaged input, "
@@ -34,12 +28,7 @@ memory_app = typer.Typer(no_args_is_help=True, help="See, check and remove what 
 app.add_typer(memory_app, name="teacher-memory")
 
 
-class ExportFormat(StrEnum):
-    """How a student leaves."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-    safetensors = "safetensors"
+ExportFormat = StrEnum("ExportFormat", {name: name for name in formats.FORMATS})  # type: ignore[misc]
 
 
 class SplitName(StrEnum):
@@ -70,7 +59,9 @@ Words = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar100, folder:PATH, tensors:FILE, ... (cakd list data)")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of data that is downloaded.")]
-Teacher = Annotated[str | None, typer.Option(help="Run directory, torchvision:NAME, timm:NAME, or a list: '[A, B]'.")]
+Teacher = Annotated[
+    list[str] | None, typer.Option(help="Run directory, torchvision:NAME or timm:NAME; give it again for several.")
+]
 Student = Annotated[str | None, typer.Option(help="resnet8, torchvision:NAME, ... (cakd list models)")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="As listed; all by default.")]
 Out = Annotated[str | None, typer.Option(help="Run directory; by default runs/ and a name made of the settings.")]
@@ -86,6 +77,11 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors o
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
 FinishedRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run, or an exported folder.")]
+
+
+def _teachers(given: list[str] | None) -> tuple[str, ...] | None:
+    """What a flag that may be given again holds; none if it was not given."""
+    return tuple(given) if given else None
 
 
 def _version(wanted: bool) -> None:
@@ -149,16 +145,8 @@ def train_teacher(
         "engine.device": device,
         "engine.batch_size": batch_size,
     }
-    train.run(
-        words or [],
-        flags,
-        distil=False,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        console=Console(json_mode=json, quiet=quiet, verbose=verbose),
-    )
+    wish = train.Wish(distil=False, out=out, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    train.run(words or [], flags, wish, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
 
 
 @app.command()
@@ -188,7 +176,7 @@ def distill(
     flags = {
         "data": data,
         "data.root": data_root,
-        "teacher": teacher,
+        "teacher": _teachers(teacher),
         "model": student,
         "loss": loss,
         "engine.epochs": epochs,
@@ -196,16 +184,8 @@ def distill(
         "engine.device": device,
         "engine.batch_size": batch_size,
     }
-    train.run(
-        words or [],
-        flags,
-        distil=True,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        console=Console(json_mode=json, quiet=quiet, verbose=verbose),
-    )
+    wish = train.Wish(distil=True, out=out, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    train.run(words or [], flags, wish, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
 
 
 @app.command("eval")
@@ -214,7 +194,7 @@ def evaluate(
     data: Data = None,
     data_root: DataRoot = None,
     split: Annotated[SplitName, typer.Option(help="Which images.")] = SplitName.test,
-    teacher: Annotated[str | None, typer.Option(help="Compare with this teacher as well.")] = None,
+    teacher: Teacher = None,
     min_top1: Annotated[
         float | None, typer.Option(min=0, max=1, help="Fail with exit code 6 below this share, in [0, 1].")
     ] = None,
@@ -228,17 +208,15 @@ def evaluate(
     from cakd_cli.commands import evaluate as command
     from cakd_cli.console import Console
 
-    command.run(
-        run,
-        data=data,
-        data_root=data_root,
-        split=split.value,
-        teacher=teacher,
-        min_top1=min_top1,
-        device=device,
-        batch_size=batch_size,
-        console=Console(json_mode=json, quiet=quiet, verbose=verbose),
-    )
+    flags = {
+        "data": data,
+        "data.root": data_root,
+        "teacher": _teachers(teacher),
+        "engine.device": device,
+        "engine.evaluation_batch_size": batch_size,
+    }
+    console = Console(json_mode=json, quiet=quiet, verbose=verbose)
+    command.run(run, flags, split=split.value, min_top1=min_top1, console=console)
 
 
 @app.command()
@@ -280,7 +258,7 @@ def bench(
     flags = {
         "data": data,
         "data.root": data_root,
-        "teacher": teacher,
+        "teacher": _teachers(teacher),
         "model": student,
         "engine.device": device,
         "engine.batch_size": batch_size,
@@ -391,99 +369,10 @@ def memory_fill(
     flags = {
         "data": data,
         "data.root": data_root,
-        "teacher": teacher,
+        "teacher": _teachers(teacher),
         "model": student,
         "engine.epochs": epochs,
         "seed": seed,
         "engine.device": device,
     }
     memory.fill(words or [], flags, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
-
-
-def main() -> NoReturn:
-    """Run the command line; every failure becomes one message and its exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-    json_mode = "--json" in sys.argv
-    try:
-        code = _run(json_mode)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = int(ExitCode.BROKEN_PIPE)
-    except OSError as error:
-        # The result itself cannot be written: say so where that is still possible.
-        code = _report(_translate(error), json_mode=False)
-    finally:
-        _forget_unwritten_output()
-    # All is said and done: an impatient Ctrl-C must not interrupt what libraries do at the end.
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    sys.exit(code)
-
-
-def _run(json_mode: bool) -> int:
-    try:
-        _refuse_two_teachers(sys.argv[1:])
-        app()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):
-            raise stop.__context__ from None
-        code = stop.code if isinstance(stop.code, int) else int(ExitCode.INTERNAL)
-        if code == ExitCode.INTERRUPTED:
-            return _report(InterruptedRunError("interrupted"), json_mode)
-        if json_mode and code == ExitCode.USAGE:
-            typer.echo('{"error": {"code": "usage", "message": "see stderr", "hint": "cakd --help"}}')
-        return code
-    except CakdError as error:
-        return _report(error, json_mode)
-    except KeyboardInterrupt:
-        return _report(InterruptedRunError("interrupted"), json_mode)
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        if os.environ.get("CAKD_DEBUG"):
-            raise
-        return _report(_translate(error), json_mode)
-    return int(ExitCode.OK)
-
-
-def _refuse_two_teachers(words: list[str]) -> None:
-    # Of any option the last counts, as everywhere; but who gives two teachers wants both.
-    if sum(word == "--teacher" or word.startswith("--teacher=") for word in words) > 1:
-        raise UsageError("--teacher is given twice", hint="several teachers are a list: --teacher '[A, B]'")
-
-
-def _forget_unwritten_output() -> None:
-    """Keep Python from trying, and complaining, once more at its end."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _report(error: CakdError, json_mode: bool) -> int:
-    from cakd_cli.console import show_error
-
-    if os.environ.get("CAKD_DEBUG"):
-        raise error
-    show_error(error, json_mode=json_mode)
-    return int(error.exit_code)
-
-
-def _translate(error: Exception) -> CakdError:
-    if isinstance(error, OSError):
-        place = f": {error.filename}" if error.filename else ""
-        hint = "make room, then run the same command again; a training run with --resume"
-        return InputError(f"{error.strerror or error}{place}", hint=hint if error.errno == errno.ENOSPC else None)
-    if isinstance(error, UnicodeError):
-        return InputError(f"a name or path is not text in this terminal's encoding: {error}")
-    if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return InputError("a path begins with ~ and a name that is no user's")
-    return CakdError(
-        f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
-    )
-
-
-if __name__ == "__main__":
-    main()

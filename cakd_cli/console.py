@@ -13,6 +13,8 @@ from rich.table import Column
 
 from cakd_cli.errors import CakdError
 
+_BAR_SECONDS = 0.2
+
 
 class Console:
     """One command's output: for people, as JSON, or quiet.
@@ -35,33 +37,50 @@ class Console:
         self.stderr = _console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._notes: list[str] = []
+        self._warnings: list[str] = []
         self._epochs = 0
         self._steps_per_epoch = 0
-        self._started = 0.0
-        self._done_epochs = 0
+        self._started = self._drawn = 0.0
+        self._done = 0
 
     def result(self, document: Any, show: Callable[[RichConsole], None]) -> None:
-        """Give the command's result: the document as JSON, or what ``show`` prints."""
+        """Give the command's result: the document as JSON, or what ``show`` prints.
+
+        In JSON what was said on the way, ``notes`` and ``warnings``, is part of a document that is an object.
+        """
         if self.json_mode:
+            if isinstance(document, dict):
+                said = {"notes": self._notes, "warnings": self._warnings}
+                document = {**document, **{key: lines for key, lines in said.items() if lines}}
             sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         else:
             show(self.stdout)
 
     def note(self, text: str) -> None:
         """Say one line on stderr."""
+        self._notes.append(text)
+        self._say(text, style="dim")
+
+    def warn(self, text: str) -> None:
+        """Say one line on stderr that the user should act on."""
+        self._warnings.append(text)
+        self._say(f"warning: {text}", style="yellow")
+
+    def _say(self, text: str, *, style: str) -> None:
         if not self.quiet:
             # A stderr that is full or gone is no reason to end a run.
             with contextlib.suppress(OSError):
-                (self._bar.console if self._bar else self.stderr).print(text, style="dim", markup=False)
+                (self._bar.console if self._bar else self.stderr).print(text, style=style, markup=False)
 
     def detail(self, text: str) -> None:
         """Say what only --verbose wants."""
         if self.verbose:
-            self.note(text)
+            self._say(text, style="dim")
 
-    def start(self, *, epochs: int, steps_per_epoch: int, batch_size: int, done_epochs: int, title: str) -> None:
-        """Training begins."""
-        self._epochs, self._steps_per_epoch, self._done_epochs = epochs, steps_per_epoch, done_epochs
+    def start(self, *, epochs: int, steps_per_epoch: int, done: int, title: str) -> None:
+        """Training begins; ``done`` steps have been done before."""
+        self._epochs, self._steps_per_epoch, self._done = epochs, steps_per_epoch, done
         self._started = time.monotonic()
         if not self.bar or not self.stderr.is_terminal:
             return
@@ -75,9 +94,15 @@ class Console:
             refresh_per_second=4,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=epochs * steps_per_epoch, status="")
-        self._bar.update(self._task, completed=done_epochs * steps_per_epoch)
+        self._task = self._bar.add_task(title, total=epochs * steps_per_epoch, completed=done, status="")
         self._bar.start()
+
+    def tick(self, *, epoch: int, step: int) -> None:
+        """A step is done: move the bar, a few times a second."""
+        now = time.monotonic()
+        if self._bar is not None and self._task is not None and now - self._drawn > _BAR_SECONDS:
+            self._drawn = now
+            self._bar.update(self._task, completed=epoch * self._steps_per_epoch + step)
 
     def step(self, *, epoch: int, step: int, images_per_second: float, parts: Mapping[str, float]) -> None:
         """A logging interval has passed."""
@@ -87,8 +112,8 @@ class Console:
 
     def epoch(self, line: Mapping[str, Any]) -> None:
         """An epoch has ended."""
-        done = line["epoch"] - self._done_epochs
-        left = (time.monotonic() - self._started) / done * (self._epochs - line["epoch"])
+        done = line["step"] - self._done
+        left = (time.monotonic() - self._started) / done * (self._epochs * self._steps_per_epoch - line["step"])
         train = line["train"]
         text = f"epoch {line['epoch']}/{self._epochs}  {_parts(train)}"
         if "validation" in line:

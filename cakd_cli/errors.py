@@ -117,3 +117,8 @@ def nearest(word: str, known: list[str]) -> str:
     if len(known) <= 30:
         return "choose from " + ", ".join(known)
     return f"there are {len(known)} names"
+
+
+def first_line(error: BaseException) -> str:
+    """Say what another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

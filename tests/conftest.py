@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cakd_cli.app import main
+from cakd_cli.process import main
 
 # The nets here are so small that a second thread only waits, and on a busy machine waits long.
 torch.set_num_threads(1)
@@ -103,18 +103,14 @@ def toy_teacher(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def train_toy(data: Path, out: Path, *words: str, **flags: Any) -> Path:
-    from cakd_cli.commands.train import train
+    from cakd_cli.commands.train import Wish, train
     from cakd_cli.console import Console
 
     defaults = {"data": f"tensors:{data}", "model": "resnet8", "engine.epochs": 4, "engine.batch_size": 16}
     train(
         ["engine.precision=fp32", "data.crop_padding=0", "optimizer.learning_rate=0.05", *words],
         defaults | flags,
-        distil="teacher" in flags,
-        out=str(out),
-        resume=False,
-        overwrite=False,
-        dry_run=False,
+        Wish(distil="teacher" in flags, out=str(out)),
         console=Console(quiet=True),
     )
     return out

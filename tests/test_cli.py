@@ -13,6 +13,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from cakd_cli import app as app_module
+from cakd_cli import process
 from cakd_cli.app import app
 from cakd_cli.commands import demo
 from cakd_cli.errors import CakdError, ExitCode
@@ -75,7 +76,7 @@ HEAVY = ("torch", "torchvision", "torchmetrics", "yaml", "safetensors")
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["distill", "--help"], ["recipes", "list"]])
 def test_help_does_not_wait_for_torch(words):
     code = (
-        "import sys; from cakd_cli.app import main\n"
+        "import sys; from cakd_cli.process import main\n"
         f"sys.argv = ['cakd', *{words!r}]\n"
         "try: main()\n"
         f"except SystemExit as stop: print(stop.code, [m for m in {HEAVY!r} if m in sys.modules])\n"
@@ -105,7 +106,7 @@ def test_error_classes_have_the_documented_codes():
 
 def test_json_alone_reaches_stdout(toy_teacher):
     """cakd eval R --json 2>/dev/null | python -m json.tool."""
-    command = f"{sys.executable} -m cakd_cli.app eval {toy_teacher} --json 2>/dev/null | {sys.executable} -m json.tool"
+    command = f"{sys.executable} -m cakd_cli eval {toy_teacher} --json 2>/dev/null | {sys.executable} -m json.tool"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
 
     assert done.returncode == 0
@@ -232,7 +233,24 @@ def test_two_small_networks_by_three_losses_on_a_folder_and_back(cakd, tmp_path)
     assert cakd("export", tmp_path / "student", "--format", "onnx").code == 0
 
 
+def test_a_short_demo_tells_the_whole_story(cakd, tmp_path, monkeypatch):
+    train = demo.train
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))
+    monkeypatch.setattr(demo, "METHODS", ("cross-entropy", "cakd"))
+    monkeypatch.setattr(demo, "train", lambda words, *rest, **how: train([*words, "engine.epochs=5"], *rest, **how))
+    result = cakd("demo", "--out", tmp_path / "demo", "--json")
+
+    assert result.code == 0, result.err
+    rows = {row["name"]: row for row in result.document["rows"]}
+    assert list(rows) == ["teacher", "student alone", "student, cakd"]
+    assert rows["student, cakd"]["wcd"][0] < rows["student alone"]["wcd"][0]
+    assert result.document["export"]["agreement"] == 1
+    assert (tmp_path / "demo" / "cakd-seed0" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
 def test_demo(cakd, tmp_path, monkeypatch):
+    """Takes two minutes and a half on two slow cores."""
     monkeypatch.setattr(demo, "SEEDS", (0, 1))
     result = cakd("demo", "--out", tmp_path / "demo", "--json")
 
@@ -291,7 +309,7 @@ def wrong(tmp_path_factory, toy_file, toy_teacher):
     weights.write_bytes(weights.read_bytes()[:1000])
     untrained = subprocess.run(
         [
-            *(sys.executable, "-m", "cakd_cli.app", "train-teacher", "--data", f"tensors:{toy_file}", "--model"),
+            *(sys.executable, "-m", "cakd_cli", "train-teacher", "--data", f"tensors:{toy_file}", "--model"),
             *("resnet8", "--epochs", "1", "--batch-size", "16", "--overwrite", "--out", str(root / "untrained")),
             *("optimizer.learning_rate=1e-9", "engine.precision=fp32", "--device", "cpu"),
         ],
@@ -315,7 +333,11 @@ WRONG = [
     (2, "No such command 'distil'", ("distil",)),
     (2, "No such option", ("distill", "--temperature", "4")),
     (2, "Invalid value for '--epochs': Input should be a valid integer", ("distill", "--epochs", "many")),
-    (2, "--teacher is given twice", ("distill", "--teacher", "{teacher}", "--loss", "kd", "--teacher=x")),
+    (
+        3,
+        "features are compared with one",
+        (*DISTIL, "--teacher", "{teacher}", "--teacher={teacher}", "--loss", "cakd"),
+    ),
     (2, "more than one recipe", ("distill", "digits/student", "digits/teacher")),
     (2, "Missing argument 'RUN'", ("eval",)),
     (2, "Missing option '--format'", ("export", "{teacher}")),
@@ -468,7 +490,7 @@ def test_a_bug_is_one_line_and_a_traceback_on_demand(monkeypatch, capsys):
     monkeypatch.setattr(app_module, "app", broken)
     monkeypatch.setattr(sys, "argv", ["cakd"])
     with pytest.raises(SystemExit) as stop:
-        app_module.main()
+        process.main()
     err = capsys.readouterr().err
     assert stop.value.code == 1
     assert "a bug in cakd: ZeroDivisionError: oh" in err
@@ -476,13 +498,13 @@ def test_a_bug_is_one_line_and_a_traceback_on_demand(monkeypatch, capsys):
 
     monkeypatch.setenv("CAKD_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
-        app_module.main()
+        process.main()
 
 
 def test_no_colour_codes_where_they_are_not_wanted(toy_teacher):
     environment = os.environ | {"NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(
-        [sys.executable, "-m", "cakd_cli.app", "eval", "nowhere"],
+        [sys.executable, "-m", "cakd_cli", "eval", "nowhere"],
         capture_output=True,
         text=True,
         env=environment,
@@ -539,7 +561,7 @@ def test_a_finished_run_without_its_model_is_trained_again(cakd, toy_file, tmp_p
 @pytest.mark.parametrize("redirect", ["| true", "> /dev/full", ">&-", "2>&-", "2> /dev/full"])
 @pytest.mark.parametrize("mode", ["", "--json"])
 def test_output_that_goes_nowhere(redirect, mode):
-    command = f"{sys.executable} -m cakd_cli.app recipes list {mode} {redirect}; echo ${{PIPESTATUS[0]}} >&2"
+    command = f"{sys.executable} -m cakd_cli recipes list {mode} {redirect}; echo ${{PIPESTATUS[0]}} >&2"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
 
     assert "Traceback" not in done.stderr
@@ -551,7 +573,7 @@ def test_an_interrupt_is_said(cakd, monkeypatch, toy_teacher):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cakd_cli.engine.saved_model.read", interrupted)
+    monkeypatch.setattr("cakd_cli.models.saving.read_config", interrupted)
     result = cakd("eval", toy_teacher, "--json")
 
     assert result.code == 130

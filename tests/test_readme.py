@@ -54,7 +54,7 @@ def test_its_loss_is_a_loss():
 
     (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     document = strict_yaml.parse(text)
-    base = {"data": {"type": "digits"}, "model": {"type": "resnet8"}}
+    base = {"data": {"type": "digits"}, "model": {"type": "resnet8"}, "teacher": {"type": "run", "path": "t"}}
 
     assert len(Recipe.model_validate(base | document.value).loss) == 4
 

@@ -21,20 +21,21 @@ from torch import Tensor, nn
 
 from cakd_cli.bench.plain import PlainLoop
 from cakd_cli.data import ImageDataSet
-from cakd_cli.engine import allocator, teaching, training
-from cakd_cli.engine import hardware as hardware_module
-from cakd_cli.engine.answers import Answers
-from cakd_cli.engine.hardware import Hardware
+from cakd_cli.engine.build import Inputs, Job, make_source, make_task, read_inputs
+from cakd_cli.engine.choices import Choices, decide
 from cakd_cli.engine.loop import Trainer
-from cakd_cli.engine.progress import Progress
+from cakd_cli.engine.progress import Progress, Silent
+from cakd_cli.engine.run import versions
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
-from cakd_cli.engine.teacher_forms import Form
-from cakd_cli.engine.teacher_memory import TeacherMemory
-from cakd_cli.engine.training import Prepared
 from cakd_cli.errors import RecipeError
 from cakd_cli.evaluation import cost
+from cakd_cli.machine import memory
+from cakd_cli.machine.hardware import Hardware
+from cakd_cli.models.layers import Answers
 from cakd_cli.recipe.schema import Recipe
+from cakd_cli.teachers import Teacher
+from cakd_cli.teachers.answers import AnswerSource
 
 ROUNDS = 7
 # Each way runs for about so long in each round.
@@ -70,22 +71,26 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     """
     if not recipe.needs_teacher:
         raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
-    if plain and any(term.layer_names for term in recipe.loss):
+    if plain and any(term.needs.teacher_layers for term in recipe.loss):
         raise RecipeError("the plain loop compares logits alone, and the loss has features", hint="loss=cakd-logits")
     # Without a memory and with one: both are measured whatever the recipe says, in RAM and of this loss alone.
     off = recipe.engine.model_copy(update={"teacher_memory": "off"})
-    prepared = training.prepare(recipe.model_copy(update={"engine": off}))
-    prepared.hardware.keep_freed_memory()
-    with _scratch() as directory:
+    inputs = read_inputs(recipe.model_copy(update={"engine": off}))
+    inputs.hardware.keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_scratch())
         # The plain loop's networks are copied before the engine lays them out.
-        ways = {"plain": _plain(prepared)} if plain else {}
-        prepared = _settled(prepared, progress)
-        ways["live"] = _engine(prepared, _answers(prepared, warm=False), directory, progress)
-        if prepared.data.train.views is None:
-            progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
-        else:
-            ways["memory_warm"] = _engine(prepared, _answers(prepared, warm=True), directory, progress)
-        seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(prepared.data.train), progress)
+        ways = {"plain": _plain(inputs)} if plain else {}
+        choices = decide(inputs)
+        for key, reason in choices.reasons.items():
+            progress.note(f"{key}: {reason}")
+        for name in ("live", "memory_warm"):
+            if name == "memory_warm" and inputs.data.train.views is None:
+                progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
+                continue
+            job = stack.enter_context(contextlib.closing(_job(choices, warm=name == "memory_warm")))
+            ways[name] = _engine(job, directory, progress)
+        seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(inputs.data.train), progress)
     batch = recipe.engine.batch_size
     rates = {name: [steps[name] * batch / value for value in values] for name, values in seconds.items()}
     ratios = {
@@ -94,17 +99,17 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         if plain and name != "plain"
     }
     progress.note("peak memory: a process for each way")
-    peaks = {name: _peak_in_its_own_process(prepared.recipe, name) for name in ways}
-    flops = _flops(prepared)
-    peak_flops = _matrix_product(prepared.hardware)
+    peaks = {name: _peak_in_its_own_process(choices.recipe, name) for name in ways}
+    flops = _flops(inputs)
+    peak_flops = _matrix_product(inputs.hardware)
     return {
-        "device": f"{prepared.hardware.device}: {hardware_module.describe(prepared.hardware.device)}",
-        "versions": training.versions(),
+        "device": f"{inputs.hardware.device}: {inputs.hardware.name}",
+        "versions": versions(),
         "student": recipe.model.label,
-        "teacher": prepared.teacher.name if prepared.teacher else None,
+        "teacher": _teacher(inputs).name,
         "batch_size": batch,
-        "image": [prepared.data.channels, *prepared.data.image_size],
-        "engine": {key: getattr(prepared.recipe.engine, key) for key in _CHOSEN},
+        "image": list(inputs.data.input.shape),
+        "engine": {key: getattr(choices.recipe.engine, key) for key in _CHOSEN},
         "rounds": ROUNDS,
         "steps": steps,
         "images_per_second": {name: _spread(values) for name, values in rates.items()},
@@ -130,45 +135,51 @@ def _scratch() -> Iterator[RunDirectory]:
             directory.close()
 
 
-def _settled(prepared: Prepared, progress: Progress) -> Prepared:
-    """Settle what a run settles by measuring."""
-    assert prepared.teacher is not None
-    recipe = prepared.settled(teacher_memory="off").recipe
-    _, form, why = teaching.open_answers(recipe, prepared.teacher, prepared.data, prepared.hardware, progress.note)
-    progress.note(f"engine.teacher_form: {form}" + (f" ({why})" if why else ""))
-    return training.settle_compile(prepared.settled(teacher_form=form), progress)
+def _teacher(inputs: Inputs) -> Teacher:
+    assert inputs.teacher is not None, "a recipe without one is refused"
+    return inputs.teacher
 
 
-def _answers(prepared: Prepared, *, warm: bool, made_up: bool = False) -> Answers:
-    """The teacher in its form, with a memory in RAM or without one; or anything instead of what it would say."""
-    recipe, data, teacher, machine = prepared.recipe, prepared.data, prepared.teacher, prepared.hardware
-    assert teacher is not None
-    memory = None
-    if warm:
-        options = prepared.settled(teacher_memory="ram").recipe.engine
-        identity = teaching.identity(options, teacher, data, machine, options.teacher_form)
-        assert identity is not None
-        memory = TeacherMemory(identity)
+def _job(choices: Choices, *, warm: bool, made_up: bool = False) -> Job:
+    """Build one way: with a memory in RAM or without one; with the teacher, or zeros instead of what it would say.
 
-    def anything(images: Tensor) -> Tensor:
-        return images.new_zeros((len(images), sum(teacher.sizes)), dtype=torch.float32)
-
-    ask = anything if made_up else Form(teacher, recipe.engine.teacher_form, machine)
-    return Answers(ask, memory, machine.device, _Silent().note)
-
-
-def _engine(prepared: Prepared, answers: Answers, directory: RunDirectory, progress: Progress) -> _Way:
-    data, batch_size = prepared.data, prepared.recipe.engine.batch_size
+    Both ways train the same student.
+    """
+    inputs, recipe = choices.inputs, choices.recipe
     # Nothing is saved, however long it takes.
-    recipe = prepared.settled(checkpoint_seconds=1e9).recipe
-    trainer = Trainer(prepared.task, answers, data, recipe, directory, progress, StopRequest())
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"checkpoint_seconds": 1e9})})
+    source = make_source(inputs, recipe, Silent().note, memory="ram" if warm else "off")
+    assert source is not None
+    if made_up:
+        source = AnswerSource(_Zeros(_teacher(inputs)), source.memory, inputs.hardware.device, Silent().note)
+    return Job(recipe, inputs.hardware, inputs.data, make_task(inputs, recipe), inputs.teacher, source)
+
+
+class _Zeros:
+    """Answers with zeros of a teacher's shapes."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._shapes = teacher.shapes
+
+    def answer(self, images: Tensor) -> Answers:
+        return {
+            name: images.new_zeros((len(images), *shape), dtype=torch.float32) for name, shape in self._shapes.items()
+        }
+
+    def close(self) -> None:
+        pass
+
+
+def _engine(job: Job, directory: RunDirectory, progress: Progress) -> _Way:
+    data, batch_size = job.data, job.recipe.engine.batch_size
+    trainer = Trainer(job, directory, progress, StopRequest())
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     some_images = functools.cache(lambda steps: data.train.subset(order[: steps * batch_size]))
     latest: dict[str, float] = {}
 
     def run(steps: int) -> float:
         trainer.data = replace(data, train=some_images(steps))
-        trainer.steps_per_epoch = steps
+        trainer.steps_per_epoch = trainer.optimizer.steps_per_epoch = steps
         trainer.epoch, trainer.step, trainer.sums = 0, 0, None
         trainer.hardware.keep_freed_memory()
         trainer.hardware.wait()
@@ -179,18 +190,17 @@ def _engine(prepared: Prepared, answers: Answers, directory: RunDirectory, progr
     return _Way(run, lambda: dict(latest))
 
 
-def _plain(prepared: Prepared) -> _Way:
-    assert prepared.teacher is not None
-    device = prepared.hardware.device
-    networks = copy.deepcopy(prepared.student), copy.deepcopy(prepared.teacher.model)
+def _plain(inputs: Inputs) -> _Way:
+    device = inputs.hardware.device
+    networks = copy.deepcopy(inputs.student), copy.deepcopy(_teacher(inputs).model)
     for model in networks:
         model.to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    loop = PlainLoop(prepared.recipe, prepared.data, *networks, device)
-    largest = prepared.recipe.engine.batch_size * max(_largest_output(model, prepared.data) for model in networks)
+    loop = PlainLoop(inputs.recipe, inputs.data, *networks, device)
+    largest = inputs.recipe.engine.batch_size * max(_largest_output(model, inputs.data) for model in networks)
 
     def run(steps: int) -> float:
         # What the engine has set for the whole process is as it is for everybody else while this loop runs.
-        allocator.free_as_usual(largest)
+        memory.free_as_usual(largest)
         if device.type != "cuda":
             return loop.run(steps)
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
@@ -207,9 +217,8 @@ def _largest_output(model: nn.Module, data: ImageDataSet) -> int:
         for layer in model.modules()
         if not list(layer.children())
     ]
-    image = torch.zeros(1, data.channels, *data.image_size, device=next(model.parameters()).device)
     with torch.inference_mode():
-        model.eval()(image)
+        model.eval()(data.input.example(next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
     return max(sizes)
@@ -248,10 +257,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _flops(prepared: Prepared) -> dict[str, int]:
-    shape = (prepared.data.channels, *prepared.data.image_size)
-    assert prepared.teacher is not None
-    student, teacher = cost.flops(prepared.student, shape), cost.flops(prepared.teacher.model, shape)
+def _flops(inputs: Inputs) -> dict[str, int]:
+    shape = inputs.data.input.shape
+    student, teacher = cost.flops(inputs.student, shape), cost.flops(_teacher(inputs).model, shape)
     # The backward pass computes two products for each one of the forward pass.
     return {"student": student, "teacher": teacher, "live": 3 * student + teacher, "memory_warm": 3 * student}
 
@@ -283,20 +291,19 @@ def _peak_in_its_own_process(recipe: Recipe, way: str) -> dict[str, int]:
 def _peak(recipe: Recipe, name: str, threads: int) -> dict[str, int]:
     """Run a few steps of one way in a process that does nothing else; a warm memory asks nobody."""
     torch.set_num_threads(threads)
-    prepared = training.prepare(recipe)
-    machine = prepared.hardware
-    with _scratch() as directory:
-        if name == "plain":
-            way = _plain(prepared)
-        else:
-            if recipe.engine.compile == "on":
-                prepared.task.compile(recipe.engine.gradient_accumulation)
-            warm = name == "memory_warm"
-            way = _engine(prepared, _answers(prepared, warm=warm, made_up=warm), directory, _Silent())
-        way.run(min(_MEMORY_STEPS, len(prepared.data.train) // recipe.engine.batch_size))
+    inputs = read_inputs(recipe)
+    steps = min(_MEMORY_STEPS, inputs.steps_per_epoch)
+    if name == "plain":
+        _plain(inputs).run(steps)
+    else:
+        # Nothing is automatic any more, so nothing is measured; the teacher of a warm memory says nothing.
+        choices = Choices(inputs, recipe, {}, ())
+        warm = name == "memory_warm"
+        with _scratch() as directory, contextlib.closing(_job(choices, warm=warm, made_up=warm)) as job:
+            _engine(job, directory, Silent()).run(steps)
     peaks = {"resident": _peak_resident_bytes()}
-    if machine.device.type == "cuda":
-        peaks["device"] = torch.cuda.max_memory_allocated(machine.device)
+    if inputs.hardware.device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(inputs.hardware.device)
     return peaks
 
 
@@ -308,13 +315,3 @@ def _peak_resident_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _Silent:
-    """Hears nothing."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, **settings: Any) -> None: ...
-    def step(self, **figures: Any) -> None: ...
-    def epoch(self, line: Any) -> None: ...
-    def end(self) -> None: ...

@@ -6,7 +6,7 @@ from typing import Any
 from cakd_cli import data, losses, models
 from cakd_cli.console import Console
 from cakd_cli.errors import UsageError, nearest
-from cakd_cli.losses import LossTerm
+from cakd_cli.losses import Term
 from cakd_cli.recipe import published
 from cakd_cli.report import tables
 
@@ -69,12 +69,12 @@ def _describe(name: str) -> dict[str, Any]:
         "summary": term.summaries.get(name, _line(term)),
         "objective": [dict(entry) for entry in entries],
         # Everybody knows cross-entropy, unless it is what was asked about.
-        "terms": [_term(kind) for kind in used if kind.needs_teacher or len(used) == 1],
+        "terms": [_term(kind) for kind in used if kind is not losses.CrossEntropyTerm or len(used) == 1],
         "published": published.of_method(name),
     }
 
 
-def _term(term: type[LossTerm]) -> dict[str, Any]:
+def _term(term: type[Term]) -> dict[str, Any]:
     schema = term.model_json_schema()
     settings = [
         {

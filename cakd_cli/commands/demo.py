@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console as RichConsole
 
 from cakd_cli.commands import export
-from cakd_cli.commands.evaluate import measure
-from cakd_cli.commands.train import train
+from cakd_cli.commands.evaluate import recipe_of
+from cakd_cli.commands.train import Wish, train
 from cakd_cli.console import Console
 from cakd_cli.errors import RecipeError
+from cakd_cli.evaluation.measure import measure
 from cakd_cli.report import tables
 
 METHODS = ("cross-entropy", "kd", "dkd", "cakd")
@@ -29,16 +30,7 @@ def run(*, out: str, overwrite: bool, console: Console) -> None:
 
     def do(words: list[str], flags: Mapping[str, Any], *, distil: bool, name: str) -> str:
         path = str(folder / name)
-        train(
-            words,
-            flags,
-            distil=distil,
-            out=path,
-            resume=not overwrite,
-            overwrite=overwrite,
-            dry_run=False,
-            console=inner,
-        )
+        train(words, flags, Wish(distil, path, resume=not overwrite, overwrite=overwrite), console=inner)
         return path
 
     console.note(f"a teacher on 1,295 handwritten digits: cakd train-teacher {TEACHER}")
@@ -47,9 +39,11 @@ def run(*, out: str, overwrite: bool, console: Console) -> None:
     for method in METHODS:
         console.note(f"{len(SEEDS)} students: cakd distill {STUDENT} --teacher {teacher} --loss {method}")
         for seed in SEEDS:
-            flags = {"teacher": teacher, "loss": method, "seed": seed}
+            flags = {"teacher": (teacher,), "loss": method, "seed": seed}
             path = do([STUDENT], flags, distil=True, name=f"{method}-seed{seed}")
-            reports.setdefault(method, []).append(measure(path, teacher=teacher, with_latency=False))
+            recipe = recipe_of(Path(path), {"teacher": (teacher,)})
+            report = measure(Path(path), recipe, split="test", with_teacher=True, with_latency=False)
+            reports.setdefault(method, []).append(report)
     student = str(folder / "cakd-seed0")
     exported = _export(student, console)
 

@@ -5,19 +5,19 @@ import platform
 import torch
 
 from cakd_cli.console import Console
-from cakd_cli.engine import hardware, training
+from cakd_cli.engine.run import versions
 from cakd_cli.files import home
-from cakd_cli.recipe.schema import EngineOptions
+from cakd_cli.machine.hardware import choose_hardware
 
 
 def run(*, console: Console) -> None:
     """Say what a bug report needs."""
-    machine = hardware.choose(EngineOptions())
+    machine = choose_hardware()
     facts = {
-        **training.versions(),
+        **versions(),
         "platform": platform.platform(),
         "device": str(machine.device),
-        "device_name": hardware.describe(machine.device),
+        "device_name": machine.name,
         "devices": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
         "precision": f"{machine.precision} ({machine.reasons['engine.precision']})",
         "data_folder": str(home() / "data"),

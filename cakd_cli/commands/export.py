@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from cakd_cli import export
-from cakd_cli.commands.evaluate import check_fits
 from cakd_cli.console import Console
-from cakd_cli.engine import run_directory, saved_model
+from cakd_cli.engine import run_directory
 from cakd_cli.errors import UsageError
+from cakd_cli.evaluation.measure import check_fits
 from cakd_cli.export.check import real_images
+from cakd_cli.export.formats import FORMATS
+from cakd_cli.export.write import export
+from cakd_cli.models import saving
 
 
 def run(run: str, *, format: str, out: str | None, console: Console) -> None:  # noqa: A002 - the flag's name
@@ -23,28 +25,23 @@ def export_run(run: str, *, format: str, out: str | None) -> dict[str, Any]:  # 
     Raises:
         CakdError: If the run or an extra is missing, or the file answers differently; no file is left then.
     """
-    path = Path(run).expanduser()
-    saved = saved_model.read(path)
-    target = Path(out).expanduser() if out else path / run_directory.EXPORT_NAMES[format]
     if out == "":
         raise UsageError("--out is empty")
-    if format != "safetensors" and target.is_dir():
-        target = target / run_directory.EXPORT_NAMES[format]
-    if format == "safetensors":
-        export.check_folder(target)
-        saved_model.write(target, saved)
-        return {"format": format, "out": str(target), "bytes": (target / "model.safetensors").stat().st_size}
-    data = run_directory.read_recipe(path).data.load()
+    path = Path(run).expanduser()
+    saved = saving.read(path)
+    row = FORMATS[format]
+    target = Path(out).expanduser() if out else path / row.default
+    if row.suffix and target.is_dir():
+        target = target / row.default
+    shown = saved.preprocessing
+    data = run_directory.read_recipe(path).data.shown_as(shown.input_size[1:], shown.crop_pct).load()
     check_fits(saved, data, run)
-    return {"format": format, "out": str(target)} | export.to_file(saved, real_images(saved, data), target, format)
+    return {"format": format, "out": str(target)} | export(saved, real_images(saved, data), target, format)
 
 
 def describe(report: dict[str, Any]) -> str:
     """Say in one line what was written and how it compares."""
-    text = f"{report['out']}: {report['bytes'] / 1e6:.2f} MB"
-    if "largest_difference" in report:
-        text += (
-            f"; on {report['samples']} real images the largest difference of a logit is "
-            f"{report['largest_difference']:.1e}, top-1 agreement {report['agreement']:.1%}"
-        )
-    return text
+    return (
+        f"{report['out']}: {report['bytes'] / 1e6:.2f} MB; on {report['samples']} real images the largest difference "
+        f"of a logit is {report['largest_difference']:.1e}, top-1 agreement {report['agreement']:.1%}"
+    )

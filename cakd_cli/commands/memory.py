@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cakd_cli.console import Console
-from cakd_cli.engine import teacher_memory, training
+from cakd_cli.engine.build import read_inputs
+from cakd_cli.engine.run import fill_memory
 from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.report import tables
+from cakd_cli.teachers import memory as teacher_memory
 
 _LEFTOVER_SECONDS = 3600.0
 
@@ -35,7 +37,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         "teacher": memory.facts["teacher"],
         "data": memory.facts["data"],
         "computed": memory.identity.computed,
-        "says": memory.identity.says,
+        "says": ", ".join(name for name, _ in memory.identity.answers),
         "stored": memory.identity.stored,
         "views_per_image": memory.identity.per_sample,
         "rows": memory.identity.rows,
@@ -113,14 +115,7 @@ def fill(words: list[str], flags: Mapping[str, Any], *, console: Console) -> Non
     recipe = resolve(words, flags, defaults={"loss": "cakd"})
     if not recipe.needs_teacher:
         raise RecipeError("no term of the loss needs a teacher", hint="give the --loss of the runs to come")
-    prepared = training.prepare(recipe)
-    if prepared.recipe.engine.teacher_memory != "disk":
-        why = prepared.reasons.get("engine.teacher_memory", "as the recipe says")
-        raise RecipeError(
-            f"this recipe keeps no memory on disk: engine.teacher_memory is "
-            f"{prepared.recipe.engine.teacher_memory} ({why})"
-        )
-    key, asked = training.fill_memory(prepared, console)
+    key, asked = fill_memory(read_inputs(recipe), console)
     document = _describe(teacher_memory.root() / key) | {"asked": asked}
     text = f"{key}: {asked:,} images asked about, {document['known']:,} of {document['rows']:,} answers known"
     console.result(document, lambda stdout: stdout.print(text, markup=False))

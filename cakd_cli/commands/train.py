@@ -1,91 +1,110 @@
 """cakd train-teacher and cakd distill."""
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
 
 from cakd_cli.console import Console
-from cakd_cli.engine import planning, run_directory, training
+from cakd_cli.engine import planning, run_directory
+from cakd_cli.engine.build import read_inputs
+from cakd_cli.engine.choices import as_begun
+from cakd_cli.engine.run import run as run_engine
 from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.resolve import names_recipe, resolve
-from cakd_cli.recipe.schema import Recipe, RunTeacher, single_teachers
+from cakd_cli.recipe.schema import Recipe
 from cakd_cli.report import tables
+from cakd_cli.teachers import RunTeacher, single_teachers
 
 
-def run(words: list[str], flags: Mapping[str, Any], *, dry_run: bool, console: Console, **how: Any) -> None:
-    """Resolve the recipe and run it, or say what it would do; settings as of :func:`train`."""
-    facts = train(words, flags, dry_run=dry_run, console=console, **how)
-    console.result(facts, lambda stdout: tables.show_plan(stdout, facts) if dry_run else _show(stdout, facts))
+@dataclass(frozen=True)
+class Wish:
+    """What a user asked for beside the recipe.
+
+    Attributes:
+        distil: Learn from a teacher.
+        out: Run directory; none = a name made of the settings.
+        resume: Go on with the run that is there.
+        overwrite: Replace it.
+        dry_run: Say what would be done, and do nothing.
+    """
+
+    distil: bool
+    out: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
 
 
-def train(
-    words: list[str],
-    flags: Mapping[str, Any],
-    *,
-    distil: bool,
-    out: str | None,
-    resume: bool,
-    overwrite: bool,
-    dry_run: bool,
-    console: Console,
-) -> dict[str, Any]:
+def run(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Console) -> None:
+    """Resolve the recipe and run it, or say what it would do."""
+    facts = train(words, flags, wish, console=console)
+    console.result(facts, lambda stdout: tables.show_plan(stdout, facts) if wish.dry_run else _show(stdout, facts))
+
+
+def train(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Console) -> dict[str, Any]:
     """Do it, and return what run.json holds (or the plan) with the run's path.
 
     Raises:
         CakdError: If anything is missing, does not fit, diverges or is stopped.
     """
-    if resume and overwrite:
+    if wish.resume and wish.overwrite:
         raise RecipeError("--resume and --overwrite exclude each other", hint="choose one")
-    if out == "":
+    if wish.out == "":
         raise UsageError("--out is empty")
-    saved = Path(out) / "recipe.yaml" if out and resume else None
+    recipe = _recipe(words, flags, wish)
+    path = Path(wish.out) if wish.out else _default_out(recipe, flags.get("loss"), distil=wish.distil)
+    run_directory.check_free(path, resume=wish.resume, overwrite=wish.overwrite)
+    _check_sources(recipe, path)
+    if wish.resume and (path / "recipe.yaml").is_file():
+        recipe = as_begun(recipe, run_directory.read_recipe(path))
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    inputs = read_inputs(recipe, several_processes=several, fetch=not wish.dry_run)
+    console.detail(strict_yaml.dump(run_directory.type_first(inputs.recipe.model_dump(mode="json"))))
+    if recipe.teacher is not None and not recipe.needs_teacher:
+        console.note("the teacher is not asked: no term of the loss needs it")
+    if wish.dry_run:
+        return planning.plan(inputs) | {"out": str(path)}
+    facts = run_engine(inputs, path, resume=wish.resume, overwrite=wish.overwrite, progress=console)
+    return facts | {"out": str(path)}
+
+
+def _recipe(words: list[str], flags: Mapping[str, Any], wish: Wish) -> Recipe:
+    """Make the recipe of what was typed, or of the run that goes on."""
+    saved = Path(wish.out) / "recipe.yaml" if wish.out and wish.resume else None
     if saved is not None and saved.is_file():
         run_directory.read_recipe(saved.parent)  # a damaged file is told apart from a wrong word
     elif saved is not None and not words and all(value is None for value in flags.values()):
-        raise InputError(f"no run to resume in {out}", hint="give its settings, or another --out")
+        raise InputError(f"no run to resume in {wish.out}", hint="give its settings, or another --out")
     recipe = resolve(
         words,
         flags,
         file=saved if saved is not None and saved.is_file() and not any(map(names_recipe, words)) else None,
-        defaults={"loss": "cakd"} if distil else None,
-        flag_names={"model": "--student"} if distil else None,
+        defaults={"loss": "cakd"} if wish.distil else None,
+        flag_names={"model": "--student"} if wish.distil else None,
     )
-    if not distil and recipe.needs_teacher:
+    if not wish.distil and recipe.needs_teacher:
         raise RecipeError(
             "train-teacher learns from labels alone, but the loss compares with a teacher", hint="cakd distill"
         )
-    path = Path(out) if out else _default_out(recipe, flags.get("loss"), distil=distil)
-    run_directory.check_free(path, resume=resume, overwrite=overwrite)
-    _check_sources(recipe, path)
-    prepared = training.prepare(recipe)
-    console.detail(strict_yaml.dump(run_directory.type_first(prepared.recipe.model_dump(mode="json"))))
-    if recipe.teacher is not None and not recipe.needs_teacher:
-        console.note("the teacher is not asked: no term of the loss needs it")
-    if dry_run:
-        return planning.plan(prepared) | {"out": str(path)}
-    facts = training.run(prepared, path, resume=resume, overwrite=overwrite, progress=console)
-    return facts | {"out": str(path)}
+    return recipe
 
 
 def _check_sources(recipe: Recipe, out: Path) -> None:
     """Refuse a run that would replace what it reads."""
-    sources = [
-        recipe.model.weights,
-        *(
-            teacher.path if isinstance(teacher, RunTeacher) else teacher.weights
-            for teacher in single_teachers(recipe.teacher)
-        ),
-    ]
-    for source in sources:
+    teachers = single_teachers(recipe.teacher)
+    paths = (teacher.path if isinstance(teacher, RunTeacher) else teacher.weights for teacher in teachers)
+    for source in (recipe.model.weights, *paths):
         if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
             raise RecipeError(f"{source} lies in {out}, where the run would be written", hint="give another --out")
 
 
 def _default_out(recipe: Recipe, method: str | None, *, distil: bool) -> Path:
-    asked = method or next((term.type for term in recipe.loss if term.needs_teacher), "alone")
+    asked = method or next((term.type for term in recipe.loss if term.needs.teacher), "alone")
     role = asked if distil else "teacher"
     name = "-".join([recipe.data.label, recipe.model.label, role, f"seed{recipe.seed}"])
     return Path("runs") / name.replace(":", "-").replace("/", "-")

@@ -4,12 +4,12 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views
-from cakd_cli.data.folder import FolderSpec
-from cakd_cli.data.memory import MemorySplit
-from cakd_cli.data.noise import NoiseSpec
-from cakd_cli.data.tensors import DigitsSpec, TensorsSpec
-from cakd_cli.data.torchvision_sets import CifarSpec, FashionMnistSpec
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, InputSpec, Split, Views
+from cakd_cli.data.images.folder import FolderSpec
+from cakd_cli.data.images.memory import MemorySplit
+from cakd_cli.data.images.noise import NoiseSpec
+from cakd_cli.data.images.tensors import DigitsSpec, TensorsSpec
+from cakd_cli.data.images.torchvision_sets import CifarSpec, FashionMnistSpec
 
 DataOptions = Annotated[
     DigitsSpec | CifarSpec | FashionMnistSpec | TensorsSpec | FolderSpec | NoiseSpec, Field(discriminator="type")
@@ -29,8 +29,8 @@ __all__ = [
     "Batch",
     "DataOptions",
     "DataSpec",
-    "FolderSpec",
     "ImageDataSet",
+    "InputSpec",
     "MemorySplit",
     "Split",
     "Views",

@@ -4,16 +4,35 @@ Shape suffixes: B batch, N samples of a split, C channels, H and W height and wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from cakd_cli.options import Options
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class InputSpec(NamedTuple):
+    """What a network is given.
+
+    Attributes:
+        shape: Of one sample, (channels, height, width).
+        dtype: Of a batch before the network's own normalisation.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype = torch.uint8
+
+    def example(self, device: torch.device | None = None) -> Tensor:
+        """One sample of zeros, as a network takes it: normalised, float32."""
+        return torch.zeros(1, *self.shape, device=device)
 
 
 class Batch(NamedTuple):
@@ -24,11 +43,13 @@ class Batch(NamedTuple):
         labels: Class indices, (batch,); for several labels an image bool (batch, classes).
         views: Name of each image's view, int64 (batch,) on the CPU, where no device has to be waited for to read it;
             none where views are not counted.
+        samples: Number of each image in the training file, int64 (batch,); none where nothing is learnt.
     """
 
     images: Tensor
     labels: Tensor
     views: Tensor | None = None
+    samples: Tensor | None = None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -88,6 +109,20 @@ class Split(ABC):
     def subset(self, indices_N: Tensor) -> "Split":
         """Return the split of the samples at these positions."""
 
+    @abstractmethod
+    def pictures(self, end: list[Callable[..., Any]]) -> Dataset[Any]:
+        """Return the split as people write it who use torchvision alone, to measure against.
+
+        Args:
+            end: Transforms after the augmentation.
+
+        Returns:
+            Pillow pictures, augmented and transformed, with their labels.
+
+        Raises:
+            RecipeError: If Pillow has no such pictures.
+        """
+
 
 @dataclass(frozen=True)
 class ImageDataSet:
@@ -106,6 +141,7 @@ class ImageDataSet:
         fingerprint: Hash of the pixels and labels; of folders, of the paths and sizes of their files.
         crop_pct: Share of the shorter side that is shown when nothing is learnt.
         multi_label: Whether an image may have several labels, or none.
+        resized: Whether images are resized to what a network sees.
     """
 
     name: str
@@ -120,6 +156,12 @@ class ImageDataSet:
     fingerprint: str
     crop_pct: float = 1.0
     multi_label: bool = False
+    resized: bool = False
+
+    @property
+    def input(self) -> InputSpec:
+        """What a network is given."""
+        return InputSpec((self.channels, *self.image_size))
 
     @property
     def num_classes(self) -> int:
@@ -127,14 +169,13 @@ class ImageDataSet:
         return len(self.class_names)
 
 
-class DataSpec(BaseModel):
+class DataSpec(Options):
     """A data set by name, and how it is split and augmented."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     # The field that `NAME:VALUE` on the command line fills.
     shorthand: ClassVar[str | None] = None
 
+    type: str
     validation_fraction: float = Field(
         0.1,
         ge=0,
@@ -145,8 +186,11 @@ class DataSpec(BaseModel):
         0, ge=0, le=2**32 - 1, description="seed of the held-out share; the same for teacher and students"
     )
 
-    def load(self) -> ImageDataSet:
-        """Read the data.
+    def load(self, *, fetch: bool = True) -> ImageDataSet:
+        """Read the data; nothing is written but what is downloaded.
+
+        Args:
+            fetch: Whether data that is not here may be downloaded; without it, images of the same sizes stand for it.
 
         Raises:
             InputError: If it is missing, damaged or cannot be understood.
@@ -156,7 +200,39 @@ class DataSpec(BaseModel):
     @property
     def label(self) -> str:
         """What a person calls this data."""
-        raise NotImplementedError
+        return self.type
+
+    def without_auto(self) -> tuple[Self, dict[str, str]]:
+        """Choose what is left to the files and the machine.
+
+        Returns:
+            The options without ``auto``, and why each was chosen, by key.
+
+        Raises:
+            InputError: If the files cannot be read.
+        """
+        return self, {}
+
+    def shown_as(self, image_size: tuple[int, int], crop_pct: float) -> Self:
+        """Show images as a trained network saw them, where files have no size of their own."""
+        return self
+
+    def missing_file(self) -> str | None:
+        """Say what would be downloaded before the data can be read; none if all is here."""
+        return None
+
+    def faster_loading(self) -> str:
+        """Say what would make images come faster; empty if nothing would."""
+        return ""
+
+    def countable_views(self) -> str:
+        """Say what would make the views of an image few enough to be remembered; empty if they are."""
+        return ""
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether nothing can be learnt from it."""
+        return False
 
 
 def hold_out(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

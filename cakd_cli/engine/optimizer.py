@@ -1,18 +1,141 @@
-"""The optimizer of a recipe, and its state as plain tensors."""
+"""One call a step: learning rate, guard against values that are not finite, optimizer, average; it never waits."""
 
+import copy
+import math
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cakd_cli.recipe.schema import AdamWOptions, SGDOptions
+from cakd_cli.engine.task import Task
+from cakd_cli.recipe.schema import (
+    AdamWOptions,
+    ConstantSchedule,
+    CosineSchedule,
+    Recipe,
+    SGDOptions,
+    StepSchedule,
+)
+
+
+class Optimizer:
+    """The recipe's optimizer over everything that a task trains.
+
+    Values that are not finite never reach the weights: fused optimizers skip their step while ``found_inf`` is 1, which
+    is how gradient scalers use them. Once raised the flag stays, so the weights remain those of the last good step
+    until the host looks.
+
+    Args:
+        task: What is trained.
+        recipe: Its settings.
+        steps_per_epoch: Steps in an epoch.
+
+    Attributes:
+        parameters: By name, the student's first.
+        average: An average of the student's weights, or none.
+        raised: 1 once a value was not finite, on the device.
+        first_bad_step: The step at which that happened, on the device; -1 before.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe, steps_per_epoch: int) -> None:
+        self._recipe = recipe
+        self.steps_per_epoch = steps_per_epoch
+        self.parameters = dict(task.named_parameters())
+        self.torch_optimizer = make_optimizer(recipe.optimizer, list(self.parameters.values()))
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        groups = self.torch_optimizer.param_groups
+        self._names = [names[id(parameter)] for group in groups for parameter in group["params"]]  # as torch counts
+        self.average = Average(task.student, recipe.engine.ema_decay) if recipe.engine.ema_decay else None
+        self.raised = torch.zeros((), device=task.hardware.device)
+        self.first_bad_step = torch.full((), -1.0, device=task.hardware.device)
+        self.torch_optimizer.found_inf = self.raised  # type: ignore[attr-defined]
+
+    def step(self, number: int, loss: Tensor) -> None:
+        """Take one step, unless the loss or a gradient is not finite.
+
+        Args:
+            number: Of the step, from 0 over the whole run.
+            loss: Its value, or a sum that holds it.
+        """
+        rate = self.learning_rate(number)
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = rate
+        self._look(loss, number)
+        self.torch_optimizer.step()
+        self.torch_optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(first=number == 0)
+
+    def _look(self, loss: Tensor, number: int) -> None:
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = ~(loss.detach().isfinite() & norm.isfinite())
+        self.first_bad_step.copy_(torch.where(bad & (self.raised == 0), float(number), self.first_bad_step))
+        self.raised.copy_(torch.maximum(self.raised, bad.float()))
+
+    def learning_rate(self, number: int) -> float:
+        """Rate of a step, from 0 over the whole run."""
+        return learning_rate(
+            self._recipe.schedule,
+            self._recipe.optimizer.learning_rate,
+            step=number,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self._recipe.engine.epochs,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint keeps, by parameter name; the optimizers here keep nothing else."""
+        tensors = {
+            f"optimizer.{self._names[number]}.{name}": value
+            for number, entry in self.torch_optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+            if value is not None
+        }
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.network.state_dict().items()}
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` gave.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: If the tensors are not this optimizer's.
+        """
+        numbers = {name: number for number, name in enumerate(self._names)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in under("optimizer.", tensors).items():
+            name, _, kind = key.rpartition(".")
+            parameter = self.parameters[name].detach()
+            if tensor.shape == parameter.shape:
+                # Fused kernels walk through memory: a moment must lie in memory as its parameter does.
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            state.setdefault(numbers[name], {})[kind] = tensor
+        groups = self.torch_optimizer.state_dict()["param_groups"]
+        self.torch_optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self.average is not None:
+            self.average.network.load_state_dict(under("average.", tensors))
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pick the tensors whose names begin so, without the beginning."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the recipe's optimizer in its fused form."""
+    """Make the recipe's optimizer in its fused form.
+
+    With ``decay_norms: false`` what has one dimension or none, the weights of norms and biases, is a group of its own
+    without weight decay.
+    """
+    groups = [{"params": parameters}]
+    if not options.decay_norms:
+        groups = [{"params": [parameter for parameter in parameters if parameter.ndim > 1]}]
+        groups.append({"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0})  # type: ignore[dict-item]
     if isinstance(options, SGDOptions):
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=options.learning_rate,
             momentum=options.momentum,
             nesterov=options.nesterov,
@@ -20,7 +143,7 @@ def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Param
             fused=True,
         )
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=options.learning_rate,
         betas=(options.beta1, options.beta2),
         weight_decay=options.weight_decay,
@@ -28,30 +151,66 @@ def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Param
     )
 
 
-def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Tensors of an optimizer by ``parameter number.name``; the optimizers here keep nothing else."""
-    return {
-        f"{number}.{name}": value
-        for number, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-        if value is not None
-    }
+def learning_rate(
+    schedule: CosineSchedule | StepSchedule | ConstantSchedule,
+    peak: float,
+    *,
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+) -> float:
+    """Rate of one optimizer step: a function of the step, with no state to save.
 
+    Args:
+        schedule: The recipe's settings.
+        peak: Rate after the warm-up.
+        step: From 0, over the whole run.
+        steps_per_epoch: Optimizer steps in an epoch.
+        epochs: Length of the run.
 
-def load_flat_state(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Restore what :func:`flat_state` gave.
-
-    Raises:
-        KeyError, ValueError, IndexError: If the tensors are not this optimizer's.
+    Returns:
+        The rate. Cosine moves every step over what remains after the warm-up; step changes at epochs only: the
+        first epoch at the lower rate is the first that begins at or after the milestone.
     """
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        parameter = parameters[int(number)].detach()
-        if tensor.shape == parameter.shape:
-            # Fused kernels walk through memory: a moment must lie in memory as its parameter does.
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    total = steps_per_epoch * epochs
+    if isinstance(schedule, CosineSchedule):
+        progress = (step - warmup) / max(1, total - warmup)
+        return peak * (schedule.final_factor + (1 - schedule.final_factor) * (1 + math.cos(math.pi * progress)) / 2)
+    if isinstance(schedule, StepSchedule):
+        # Rounded, because 0.07 of 100 epochs is 7.000000000000001.
+        passed = sum(step // steps_per_epoch >= round(milestone * epochs, 9) for milestone in schedule.milestones)
+        return float(peak * schedule.gamma**passed)
+    return peak
+
+
+class Average:
+    """An exponential moving average of a network's weights: a second network that follows the first.
+
+    torch's AveragedModel does the same, but keeps its count in a tensor that every update reads on the host.
+
+    Args:
+        model: The network to follow; the average starts as a copy of it.
+        decay: Share of the average that an update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(model)
+        self._blend = get_ema_multi_avg_fn(decay)
+        tensors = [list(chain(network.parameters(), network.buffers())) for network in (self.network, model)]
+        pairs = [(own.detach(), other.detach()) for own, other in zip(*tensors, strict=True)]
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, *, first: bool) -> None:
+        """Move towards the network; the first update of a run takes its weights over."""
+        own, other = ([pair[i] for pair in self._averaged] for i in (0, 1))
+        if first:
+            torch._foreach_copy_(own, other)
+        else:
+            self._blend(own, other, 0)
+        for counter, current in self._copied:
+            counter.copy_(current)

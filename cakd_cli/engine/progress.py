@@ -10,8 +10,14 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Say one line: a choice that was made, and why."""
 
-    def start(self, *, epochs: int, steps_per_epoch: int, batch_size: int, done_epochs: int, title: str) -> None:
-        """Training begins."""
+    def warn(self, text: str) -> None:
+        """Say one line that the user should act on."""
+
+    def start(self, *, epochs: int, steps_per_epoch: int, done: int, title: str) -> None:
+        """Training begins; ``done`` steps have been done before."""
+
+    def tick(self, *, epoch: int, step: int) -> None:
+        """A step has been handed to the device."""
 
     def step(self, *, epoch: int, step: int, images_per_second: float, parts: Mapping[str, float]) -> None:
         """A logging interval has passed."""
@@ -21,3 +27,15 @@ class Progress(Protocol):
 
     def end(self) -> None:
         """Training has ended, for whatever reason."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def start(self, **settings: Any) -> None: ...
+    def tick(self, **where: int) -> None: ...
+    def step(self, **figures: Any) -> None: ...
+    def epoch(self, line: Mapping[str, Any]) -> None: ...
+    def end(self) -> None: ...

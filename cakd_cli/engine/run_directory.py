@@ -31,12 +31,11 @@ _FREE_KEYS = (
     *("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root"),
     # How it computes, not what: like another device, these may change the last digits.
     *("engine.compile", "engine.teacher_form", "engine.teacher_memory", "engine.teacher_memory_gb"),
+    "engine.teacher_memory_features",
 )
-# Where an export goes unless it is told otherwise.
-EXPORT_NAMES = {"onnx": "model.onnx", "pt2": "model.pt2", "safetensors": "export"}
-# In the order in which a run is removed: what marks the folder as a run goes last.
+# In the order in which a run is removed, its exports included: what marks the folder as a run goes last.
 _OWN_NAMES = (
-    *("checkpoints", *EXPORT_NAMES.values(), "metrics.jsonl", "model.safetensors", "config.json", "README.md"),
+    *("checkpoints", "export", "model.*", "metrics.jsonl", "config.json", "README.md"),
     *("run.json", "recipe.yaml"),
 )
 
@@ -47,7 +46,7 @@ class Checkpoint:
 
     Attributes:
         model: State of the network.
-        training: Tensors of optimizer, average, random number generators and sums.
+        training: Tensors of optimizer, average, the terms' own modules, random number generators and sums.
         best: State of the best network so far; empty before the first validation.
         state: Plain numbers.
     """
@@ -98,7 +97,7 @@ class RunDirectory:
     def _clean(self, *, all_of_it: bool) -> None:
         names = _OWN_NAMES if all_of_it else ()
         leftovers = [entry.name for entry in self.path.iterdir() if _is_temporary(entry.name)]
-        for path in (self.path / name for name in (*leftovers, *names)):
+        for path in (path for name in (*leftovers, *names) for path in sorted(self.path.glob(name))):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -248,8 +247,7 @@ def check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
     changed = [
         f"{key}: {before.get(key)!r} in the run, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        # A key that is automatic in a run is one that the version which began it did not know.
-        if before.get(key) not in (after.get(key), "auto") and key not in _FREE_KEYS
+        if before.get(key) != after.get(key) and key not in _FREE_KEYS
     ]
     if changed:
         raise RecipeError(

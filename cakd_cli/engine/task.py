@@ -1,4 +1,4 @@
-"""What a step computes: the student and the terms of its loss.
+"""What is trained, and what a step computes: the student, the terms of its loss, and what the terms train themselves.
 
 Shape suffixes: B batch, C classes.
 """
@@ -9,202 +9,193 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cakd_cli.data import ImageDataSet
-from cakd_cli.engine import compiling
-from cakd_cli.engine.emphasis import Weights, part_name
-from cakd_cli.engine.hardware import Hardware
-from cakd_cli.engine.stopwatch import Stopwatch
-from cakd_cli.engine.taps import Tapped, locate, student_layers
-from cakd_cli.engine.teacher import Teacher
+from cakd_cli.data import Batch, ImageDataSet
+from cakd_cli.errors import RecipeError
 from cakd_cli.evaluation import metrics
-from cakd_cli.evaluation.predict import Normalisation
-from cakd_cli.losses import Lesson, LossTerm
-from cakd_cli.losses.emphasis import Emphasis
-
-# A term that pulls less than this share of another is worth a warning.
-_FAINT = 0.01
-
-
-class _Share(NamedTuple):
-    """Which parts of both networks' rows, behind the logits, are a term's."""
-
-    mine: slice
-    theirs: slice
-    importance: slice
+from cakd_cli.losses import Lesson, Look, LossOutput, Shapes, Term
+from cakd_cli.losses.weights import part_name
+from cakd_cli.machine import compiling
+from cakd_cli.machine.hardware import Hardware
+from cakd_cli.machine.stopwatch import Stopwatch
+from cakd_cli.models.layers import LOGITS, Answers, Located, Tap, Tapped, locate
+from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.teachers import Teacher
 
 
-def _shares(terms: Sequence[LossTerm]) -> list[_Share]:
-    shares, mine, theirs = [], 0, 0
-    for term in terms:
-        # An importance stands behind each layer that has one.
-        count, step = len(term.layer_names), 2 if term.needs_importance else 1
-        end = theirs + step * count
-        importance = slice(theirs + 1, end, step) if term.needs_importance else slice(0)
-        shares.append(_Share(slice(mine, mine + count), slice(theirs, end, step), importance))
-        mine, theirs = mine + count, end
-    return shares
+class Step(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+        total: The weighted sum, differentiable.
+        parts: ``loss``, ``top1`` (of training images, in [0, 1]) and the unweighted parts of each term, by name,
+            without gradient.
+        gradient_norms: How strongly each term acts on the logits: the Frobenius norm of its gradient there, weight
+            included; -1 for a term that does not look at the logits. None unless it was asked for.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    gradient_norms: Tensor | None = None
 
 
-class Task:
-    """The loss of one batch and its parts.
+def taps(looks: Sequence[Look]) -> tuple[Tap, ...]:
+    """Say where in a network terms look."""
+    return tuple(Tap(look.layer, look.form) for look in looks)
+
+
+def teacher_looks(terms: Sequence[Term]) -> list[Look]:
+    """List the layers of the teacher that terms look at, in their order."""
+    return [look for term in terms for look in term.needs.teacher_layers]
+
+
+class Task(nn.Module):
+    """The student and the terms' own modules; its forward pass is the loss of a batch.
+
+    Attributes:
+        student: The network that is saved.
+        tapped: The student as it trains: it answers with the layers that terms look at as well.
+        term_modules: What terms train themselves, by their number; trained with the student and no part of it.
 
     Args:
-        student: The network that learns.
+        student: On the device.
         terms: The recipe's loss.
         data: Whose normalisation the student uses.
         hardware: Precision and layout.
-        teacher: Whose answers the terms compare with; none if they need none.
-
-    Attributes:
-        network: The student as it trains: with the layers tapped that the terms look at.
-        weights: What each term weighs in an epoch.
-        pulls: How strongly each term pulled at the logits in the first batch of the latest epoch: the Frobenius norm of
-            the gradient, weight included; -1 for a term that does not look at the logits.
-        pulls_epoch: That epoch.
-        learners: What terms learn themselves, by their number; trained with the student and no part of it.
+        teacher: Whose answers the terms compare with; its taps begin with :func:`teacher_looks`.
 
     Raises:
-        RecipeError: If the student lacks a layer that a term names.
+        RecipeError: If the student lacks a layer that a term names, or a term cannot connect two layers.
     """
+
+    tapped: Tapped
+    _forward: Callable[[Tensor], Answers]
 
     def __init__(
         self,
         student: nn.Module,
-        terms: Sequence[LossTerm],
+        terms: Sequence[Term],
         data: ImageDataSet,
         hardware: Hardware,
         teacher: Teacher | None = None,
     ) -> None:
+        super().__init__()
         self.student = student
-        self.terms = terms
         self.hardware = hardware
         self.normalisation = Normalisation(data.mean, data.std, hardware)
         self.watch = Stopwatch(hardware.device)
-        image = torch.zeros(1, data.channels, *data.image_size, device=hardware.device)
-        taps, self._student_sizes = locate(student, student_layers(terms), data.num_classes, image, name="the student")
-        self._teacher_sizes = teacher.sizes if teacher is not None and teacher.sizes else (data.num_classes,)
-        self._shares = _shares(terms)
-        self.network = Tapped(student, taps) if taps else student
-        self._forward: Callable[[Tensor], Tensor] = self.network
-        self.weights = Weights(terms)
-        self._names: dict[tuple[int, str], str] = {}  # of parts, by term and its own name for them
-        self.pulls_epoch = 0
-        self.pulls = torch.zeros(len(terms), device=hardware.device)
-        self.learners = self._make_learners(teacher).to(hardware.device)
+        looks = [look for term in terms for look in term.needs.student_layers]
+        example = data.input.example(hardware.device)
+        found = locate(student, taps(looks), data.num_classes, example, name="the student")
+        tapped = Tapped(student, found.taps)
+        # Beside the module tree, in which the student stands already.
+        self.__dict__.update(tapped=tapped, _forward=tapped)
+        self._student_names = _names(looks, found.taps)
+        self._teacher_names = _names(teacher_looks(terms), teacher.taps if teacher is not None else ())
+        self._part_names: dict[tuple[int, str], str] = {}  # by term and its own name for a part
+        self.term_modules = self._make_modules(terms, found, teacher).to(hardware.device)
 
-    def _make_learners(self, teacher: Teacher | None) -> nn.ModuleDict:
-        learners = nn.ModuleDict()
-        for number, (term, share) in enumerate(zip(self.terms, self._shares, strict=True)):
-            taps = teacher.taps[share.mine] if teacher is not None else ()
-            weight = None
-            if teacher is not None and any(tap.of_input for tap in taps):
-                weight = teacher.model.get_submodule(taps[0].layer).get_parameter("weight").detach().float().clone()
-            learner = term.learner(self._student_sizes[1:][share.mine], self._teacher_sizes[1:][share.theirs], weight)
-            if learner is not None:
-                learners[str(number)] = learner
-        return learners
+    def _make_modules(self, terms: Sequence[Term], found: Located, teacher: Teacher | None) -> nn.ModuleDict:
+        modules = nn.ModuleDict()
+        student = {look: found.shapes[name] for look, name in self._student_names.items()}
+        theirs: dict[Look, tuple[int, ...]] = {}
+        classifier = None
+        if teacher is not None:
+            theirs = {look: teacher.shapes[name] for look, name in self._teacher_names.items()}
+            of_input = next((tap for tap in teacher.taps if tap.of_input), None)
+            if of_input is not None:
+                weight = teacher.model.get_submodule(of_input.layer).get_parameter("weight")
+                classifier = weight.detach().float().clone()
+        for number, term in enumerate(terms):
+            try:
+                module = term.module(Shapes(student, theirs, classifier))
+            except ValueError as error:
+                raise RecipeError(
+                    f"loss.{number}: {term.type} cannot connect its layers: {error}", hint="name other layers"
+                ) from error
+            if module is not None:
+                modules[str(number)] = module
+        return modules
 
-    def compile(self, parts: int) -> None:
+    def compile_student(self, parts: int) -> None:
         """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
-        self._forward = compiling.compiled_student(self.network, self.hardware.device, parts=parts)
+        faster = compiling.compiled_student(self.tapped, self.hardware.device, parts=parts)
+        self.__dict__["_forward"] = faster
 
-    def loss(
-        self, images: Tensor, labels_B: Tensor, teacher: Tensor | None, epoch: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def close(self) -> None:
+        """Remove what was hooked into the student."""
+        self.tapped.close()
+
+    def forward(
+        self, batch: Batch, answers: Answers | None, terms: Sequence[Term], epoch: int, *, norms: bool = False
+    ) -> Step:
         """Compute the loss of a batch.
 
         Args:
-            images: uint8, (batch, channels, height, width).
-            labels_B: Class indices, or bool (batch, classes).
-            teacher: The teacher's answers in float32, its logits and what its taps give; none if no term needs them.
-            epoch: From 1, as the literature counts for warm-up: the first epoch of 20 has weight 1/20.
-
-        Returns:
-            The weighted sum, differentiable, and every part by name without gradient: ``loss``, ``top1`` (of training
-            images, in [0, 1]) and the unweighted parts of each term.
+            batch: uint8 images with labels.
+            answers: The teacher's, in float32; none if no term needs them.
+            terms: With the weights of the epoch.
+            epoch: From 1.
+            norms: Whether to measure the terms' gradients at the logits.
         """
         with self.watch("student"), self.hardware.autocast():
-            student = self._forward(self.normalisation(images)).float()
+            student = self._forward(self.normalisation(batch.images))
         with self.watch("loss"):
-            return self._weigh(student, labels_B, teacher, epoch)
+            return self._loss(batch, student, answers, terms, epoch, norms=norms)
 
-    def _lessons(self, student: Tensor, labels_B: Tensor, teacher: Tensor | None) -> list[Lesson]:
-        """Cut the answers of both networks into what each term looks at."""
-        student_BC, *mine = student.split(list(self._student_sizes), 1)
-        teacher_BC: Tensor | None = None
-        theirs: list[Tensor] = []
-        if teacher is not None:
-            teacher_BC, *theirs = teacher.split(list(self._teacher_sizes), 1)
-        return [
-            Lesson(
-                student_BC,
-                teacher_BC,
-                labels_B,
-                student_features=tuple(mine[share.mine]),
-                teacher_features=tuple(theirs[share.theirs]),
-                importance=tuple(theirs[share.importance]),
-            )
-            for share in self._shares
-        ]
-
-    def _weigh(
-        self, student: Tensor, labels_B: Tensor, teacher: Tensor | None, epoch: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        lessons = self._lessons(student, labels_B, teacher)
-        student_BC = lessons[0].student_BC
-        total = student_BC.new_zeros(())
-        parts = {"loss": total, "top1": metrics.hits(student_BC.detach(), labels_B).float().mean()}
-        pulls = []
-        for number, (term, lesson) in enumerate(zip(self.weights.at(epoch), lessons, strict=True)):
-            key = str(number)
-            learner = self.learners[key] if key in self.learners else None  # noqa: SIM401 - it has no get
-            output = term.learn(lesson, learner)
-            weighted = term.weight * output.total
-            if self.pulls_epoch != epoch and student_BC.requires_grad:
-                pulls.append(_norm_of_gradient(weighted, student_BC))
-            total = total + weighted
-            for name, part in output.parts.items():
-                # Two terms of one kind: the second's parts get its number.
-                unique = name if name not in parts else f"{name}_{sum(n.startswith(name) for n in parts) + 1}"
-                parts[unique] = part.detach()
-                self._names[number, name] = unique
-        if pulls:
-            self.pulls_epoch, self.pulls = epoch, torch.stack(pulls)
-        parts["loss"] = total.detach()
-        return total, parts
-
-    def end_epoch(self, means: Mapping[str, float]) -> None:
-        """Tell the weights that adapt what the parts were on average over an epoch."""
-        self.weights.hear({part_name(*key): means[name] for key, name in self._names.items()})
-
-    def balance(self, pulls: Sequence[float]) -> dict[str, float]:
-        """Name the values of ``pulls``; terms that do not look at the logits are left out."""
-        named = zip(self.terms, pulls, strict=True)
-        return {f"{number}.{term.type}": pull for number, (term, pull) in enumerate(named) if pull >= 0}
-
-    def imbalance(self, pulls: Sequence[float]) -> list[str]:
-        """Say which terms of the first epoch hardly count beside another, also once their warm-up is over.
-
-        Terms whose weight changes by a schedule are left out: the first epoch says little of them.
-        """
-        full = self.balance(
-            [
-                -1.0 if isinstance(term.weight, Emphasis) else pull / self.weights.warmup(number, 1)
-                for number, (term, pull) in enumerate(zip(self.terms, pulls, strict=True))
-            ]
+    def _loss(
+        self,
+        batch: Batch,
+        student: Answers,
+        answers: Answers | None,
+        terms: Sequence[Term],
+        epoch: int,
+        *,
+        norms: bool,
+    ) -> Step:
+        lesson = Lesson(
+            student_BC=student[LOGITS],
+            teacher_BC=None if answers is None else answers[LOGITS],
+            target_B=batch.labels,
+            student={look: student[name] for look, name in self._student_names.items()},
+            teacher={} if answers is None else {look: answers[name] for look, name in self._teacher_names.items()},
+            sample_B=batch.samples,
+            epoch=epoch,
         )
-        strongest = max(full, key=full.__getitem__, default="")
-        return [
-            f"warning: the loss term {name} pulls at the logits with {pull:.1e}, {strongest} with "
-            f"{full[strongest]:.1e}: it hardly counts"
-            for name, pull in full.items()
-            if pull < _FAINT * full[strongest]
-        ]
+        total = lesson.student_BC.new_zeros(())
+        parts = {"loss": total, "top1": metrics.hits(lesson.student_BC.detach(), batch.labels).float().mean()}
+        measured = []
+        for number, term in enumerate(terms):
+            key = str(number)
+            module = self.term_modules[key] if key in self.term_modules else None  # noqa: SIM401 - it has no get
+            output: LossOutput = term(lesson, module)
+            weighted = term.factor * output.total
+            if norms:
+                measured.append(_norm_of_gradient(weighted, lesson.student_BC))
+            total = total + weighted
+            self._add_parts(parts, number, output)
+        parts["loss"] = total.detach()
+        return Step(total, parts, torch.stack(measured) if measured else None)
+
+    def _add_parts(self, parts: dict[str, Tensor], number: int, output: LossOutput) -> None:
+        for name, part in output.parts.items():
+            # Two terms of one kind: the second's parts get its number.
+            unique = name if name not in parts else f"{name}_{sum(n.startswith(name) for n in parts) + 1}"
+            parts[unique] = part.detach()
+            self._part_names[number, name] = unique
+
+    def parts_by_term(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Name mean parts as adaptive weights know them."""
+        return {part_name(*key): means[name] for key, name in self._part_names.items()}
+
+
+def _names(looks: Sequence[Look], found: Sequence[Tap]) -> dict[Look, str]:
+    """Name the answer in which each layer comes; a network may answer more than is asked for here."""
+    return {look: str(tap) for look, tap in zip(looks, found, strict=False)}
 
 
 def _norm_of_gradient(total: Tensor, student_BC: Tensor) -> Tensor:
     """Norm of the gradient at the logits; -1 if the total does not depend on them."""
     gradient = None
-    if total.requires_grad:
+    if total.requires_grad and student_BC.requires_grad:
         (gradient,) = torch.autograd.grad(total, student_BC, retain_graph=True, allow_unused=True)
     return total.new_full((), -1.0) if gradient is None else gradient.detach().norm()

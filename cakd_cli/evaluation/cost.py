@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cakd_cli.engine.hardware import Hardware
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Count the elements of all weights, frozen ones included; the buffers of norms are not counted."""
-    return sum(parameter.numel() for parameter in model.parameters())
+from cakd_cli.machine.hardware import Hardware
 
 
 def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:

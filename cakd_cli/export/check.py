@@ -10,39 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from cakd_cli.data import ImageDataSet
-from cakd_cli.engine.hardware import Hardware
-from cakd_cli.engine.saved_model import SavedModel
 from cakd_cli.errors import CheckFailedError
 from cakd_cli.evaluation.metrics import differ
-from cakd_cli.evaluation.predict import Normalisation
+from cakd_cli.machine.hardware import Hardware
+from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.models.saving import SavedModel
 
 SAMPLES = 256
-# Two float32 programs add in another order; more than this share of the largest logit is another network.
-TOLERANCE = 1e-4
 LEAST_AGREEMENT = 0.995
 
 
 def real_images(saved: SavedModel, data: ImageDataSet) -> Tensor:
     """Up to 256 test images, spread over the split, normalised for the network, on the CPU."""
     positions = torch.linspace(0, len(data.test) - 1, min(SAMPLES, len(data.test))).round().long()
-    cpu = torch.device("cpu")
-    normalisation = Normalisation(saved.mean, saved.std, Hardware(cpu, "fp32", channels_last=False))
+    cpu, shown = torch.device("cpu"), saved.preprocessing
+    normalisation = Normalisation(shown.mean, shown.std, Hardware(cpu, "fp32", channels_last=False))
     batches = data.test.subset(positions).ordered_batches(batch_size=SAMPLES, device=cpu)
     return torch.cat([normalisation(batch.images) for batch in batches])
 
 
-def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Any]:
+def compare(
+    model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor, *, tolerance: float
+) -> dict[str, Any]:
     """Compare answers in batches of several sizes, one image among them.
 
     Raises:
-        CheckFailedError: If a logit differs by more than 1e-4 of the largest, or an answer in 200.
+        CheckFailedError: If a logit differs by more than ``tolerance`` times the largest, or an answer in 200.
     """
     parts = [part for part in images.tensor_split([1, 64]) if len(part)]
     with torch.inference_mode():
         expected_NC = torch.cat([model.eval()(part) for part in parts])
         answered_NC = torch.cat([exported(part) for part in parts])
     largest, agreement = differ(expected_NC, answered_NC)
-    limit = TOLERANCE * max(1.0, expected_NC.abs().max().item())
+    limit = tolerance * max(1.0, expected_NC.abs().max().item())
     # Written so that a NaN fails as well.
     if not (largest <= limit and agreement >= LEAST_AGREEMENT):
         raise CheckFailedError(

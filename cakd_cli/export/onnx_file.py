@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from cakd_cli import __version__
-from cakd_cli.engine.saved_model import SavedModel
 from cakd_cli.errors import RecipeError
+from cakd_cli.models.saving import SavedModel
 
 
 def require() -> None:
@@ -31,7 +30,7 @@ def write(saved: SavedModel, path: Path) -> None:
     """Write ``images`` (batch, channels, height, width), normalised, to ``logits`` (batch, classes), any batch."""
     import onnx
 
-    example = torch.zeros(2, saved.channels, *saved.image_size)
+    example = torch.zeros(2, *saved.preprocessing.input_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -48,11 +47,8 @@ def write(saved: SavedModel, path: Path) -> None:
     assert program is not None
     model = program.model_proto
     metadata = {
-        "producer": f"cakd {__version__}",
-        "class_names": json.dumps(list(saved.class_names), ensure_ascii=False),
-        "mean": json.dumps(saved.mean),
-        "std": json.dumps(saved.std),
-        "input": "RGB or grey, pixels divided by 255, minus mean, divided by std",
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in saved.describe().items()
     }
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)

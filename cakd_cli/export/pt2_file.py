@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from cakd_cli import __version__
-from cakd_cli.engine.saved_model import SavedModel
+from cakd_cli.models.saving import SavedModel
 
 
 def require() -> None:
@@ -21,19 +20,13 @@ def require() -> None:
 def write(saved: SavedModel, path: Path) -> None:
     """Write normalised images (batch, channels, height, width) to logits (batch, classes), any batch."""
     # A batch of two: torch would take the size 1 for a constant.
-    example = torch.zeros(2, saved.channels, *saved.image_size)
+    example = torch.zeros(2, *saved.preprocessing.input_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(saved.model.eval(), (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
-        facts = {
-            "version": __version__,
-            "class_names": list(saved.class_names),
-            "mean": list(saved.mean),
-            "std": list(saved.std),
-        }
         # Through memory: torch's own writer aborts the process when the disk is full.
         buffer = io.BytesIO()
-        torch.export.save(program, buffer, extra_files={"cakd.json": json.dumps(facts, ensure_ascii=False)})
+        torch.export.save(program, buffer, extra_files={"cakd.json": json.dumps(saved.describe(), ensure_ascii=False)})
     path.write_bytes(buffer.getvalue())
 
 

@@ -8,13 +8,14 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from cakd_cli.losses.base import Lesson, LossOutput, LossTerm
+from cakd_cli.losses.base import Lesson, LogitTerm, Look, LossOutput, Needs, Shapes, Term
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
 from cakd_cli.losses.correlation_matching import CMKDTerm, cmkd, sample_difficulty
 from cakd_cli.losses.curriculum import CTKDTerm, ctkd
 from cakd_cli.losses.decoupled import DKDTerm, dkd, dkd_mod
 from cakd_cli.losses.decoupling import Decoupling, decouple
-from cakd_cli.losses.features import CAKDFeaturesTerm
+from cakd_cli.losses.features.correlation_aware import CAKDFeaturesTerm
+from cakd_cli.losses.features.fitnet import FitNetTerm, fitnet
 from cakd_cli.losses.generalized import (
     GDKD3Term,
     GDKDAutoKTerm,
@@ -50,6 +51,7 @@ from cakd_cli.losses.ranks import hard_rank, hard_spearman, soft_rank, soft_spea
 from cakd_cli.losses.relational import DISTTerm, dist
 from cakd_cli.losses.standardisation import lskd_dkd, lskd_kd
 from cakd_cli.losses.supervised import CrossEntropyTerm, cross_entropy
+from cakd_cli.losses.weights import Weights
 
 LossOptions = Annotated[
     CrossEntropyTerm
@@ -68,12 +70,13 @@ LossOptions = Annotated[
     | DISTTerm
     | NKDTerm
     | CTKDTerm
-    | MLKDTerm,
+    | MLKDTerm
+    | FitNetTerm,
     Field(discriminator="type"),
 ]
 
 # The union is the registry.
-TERMS: tuple[type[LossTerm], ...] = get_args(get_args(LossOptions)[0])
+TERMS: tuple[type[Term], ...] = get_args(get_args(LossOptions)[0])
 
 
 def objectives() -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -91,6 +94,7 @@ __all__ = [
     "DISTTerm",
     "DKDTerm",
     "Decoupling",
+    "FitNetTerm",
     "GDKD3Term",
     "GDKDAutoKTerm",
     "GDKDAutoWTerm",
@@ -99,12 +103,17 @@ __all__ = [
     "KDTerm",
     "Lesson",
     "LogitMSETerm",
+    "LogitTerm",
+    "Look",
     "LossOptions",
     "LossOutput",
-    "LossTerm",
     "MLKDTerm",
     "NKDTerm",
+    "Needs",
     "ReverseKLTerm",
+    "Shapes",
+    "Term",
+    "Weights",
     "cakd",
     "cmkd",
     "cross_entropy",
@@ -113,6 +122,7 @@ __all__ = [
     "dist",
     "dkd",
     "dkd_mod",
+    "fitnet",
     "gdkd",
     "gdkd3",
     "gdkd_auto_k",

@@ -1,17 +1,18 @@
 """What every loss shares: its result, and its place in a recipe.
 
-Shape suffixes: B batch, C classes.
+Shape suffixes: B batch, C classes, D elements of a layer.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cakd_cli.losses.emphasis import AdaptiveEmphasis, Emphasis, Weight
 from cakd_cli.losses.logits import standardise
+from cakd_cli.losses.weights import AdaptiveWeight, ChangingWeight, Weight
+from cakd_cli.options import Options, mistakes
 
 # Names of whole training objectives, and each as raw recipe entries.
 Objectives = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -31,6 +32,48 @@ class LossOutput:
     parts: dict[str, Tensor]
 
 
+class Look(NamedTuple):
+    """A layer that a term looks at.
+
+    Attributes:
+        layer: Name of a module, or ``stage2`` for the second stage of a network that names its stages; empty for the
+            input of the linear classifier.
+        form: ``vector`` (batch, elements), averaged over positions or tokens; ``map`` as the layer gives it;
+            ``importance`` (batch, elements), how much each element speaks for the predicted class.
+    """
+
+    layer: str = ""
+    form: Literal["vector", "map", "importance"] = "vector"
+
+
+class Needs(NamedTuple):
+    """What a term needs beside the student's logits and the labels.
+
+    Attributes:
+        teacher: Whether it compares with a teacher's logits.
+        student_layers: Of the student.
+        teacher_layers: Of the teacher.
+    """
+
+    teacher: bool = True
+    student_layers: tuple[Look, ...] = ()
+    teacher_layers: tuple[Look, ...] = ()
+
+
+class Shapes(NamedTuple):
+    """What a term's own module is built for.
+
+    Attributes:
+        student: Shape of each layer without the batch.
+        teacher: Likewise.
+        classifier_CD: Weight of the teacher's linear classifier, if a term looks at its input.
+    """
+
+    student: Mapping[Look, tuple[int, ...]]
+    teacher: Mapping[Look, tuple[int, ...]]
+    classifier_CD: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a term may look at in one batch.
@@ -38,26 +81,25 @@ class Lesson:
     Attributes:
         student_BC: Student logits.
         teacher_BC: Teacher logits; none if no term needs them.
-        target_B: Class indices.
-        student_features: One (batch, elements) for each of the term's layers.
-        teacher_features: Likewise.
-        importance: How much each of the teacher's elements speaks for its prediction, where the term needs it.
+        target_B: Class indices; for several labels a sample bool (batch, classes).
+        student: The layers that the term needs, float32.
+        teacher: Likewise.
+        sample_B: Number of each sample in the training file, int64.
+        epoch: From 1.
     """
 
     student_BC: Tensor
     teacher_BC: Tensor | None
     target_B: Tensor
-    student_features: tuple[Tensor, ...] = ()
-    teacher_features: tuple[Tensor, ...] = ()
-    importance: tuple[Tensor, ...] = ()
+    student: Mapping[Look, Tensor] = field(default_factory=dict)
+    teacher: Mapping[Look, Tensor] = field(default_factory=dict)
+    sample_B: Tensor | None = None
+    epoch: int = 1
 
 
-class LossTerm(BaseModel):
-    """One entry of a recipe's ``loss:`` list."""
+class Term(Options):
+    """One entry of a recipe's ``loss:`` list: its settings, what it needs, what it trains, and the loss of a batch."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    needs_teacher: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     # Of the unweighted term.
     formula: ClassVar[str]
@@ -79,81 +121,89 @@ class LossTerm(BaseModel):
 
     @model_validator(mode="after")
     def _check_adaptive(self) -> Self:
-        for name in type(self).model_fields:
-            if isinstance(getattr(self, name), AdaptiveEmphasis) and name not in self.weighs:
-                able = ", ".join(self.weighs) or "none of its weights"
-                raise ValueError(f"{name} cannot be adaptive: it weighs no part beside others; {able} can")
+        able = ", ".join(self.weighs) or "none of its weights"
+        wrong = [
+            ((name,), f"cannot be adaptive: it weighs no part beside others; {able} can")
+            for name in type(self).model_fields
+            if isinstance(getattr(self, name), AdaptiveWeight) and name not in self.weighs
+        ]
+        if wrong:
+            raise mistakes(wrong, self)
         return self
 
-    def settled(self, epochs: int) -> Self:
+    def over(self, epochs: int) -> Self:
         """Put numbers where the recipe leaves it to the length of the run."""
         update: dict[str, Any] = {}
         if self.warmup_epochs == "auto":
             update["warmup_epochs"] = epochs / 12
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, Emphasis):
-                update[name] = value.settled(epochs)
+            if isinstance(value, ChangingWeight):
+                update[name] = value.over(epochs)
         return self.model_copy(update=update)
+
+    @property
+    def factor(self) -> float:
+        """The weight, in an epoch; that of a recipe may change over the run."""
+        assert not isinstance(self.weight, ChangingWeight), "Weights.at() computes it"
+        return self.weight
+
+    @property
+    def needs(self) -> Needs:
+        """What the term needs."""
+        return Needs()
 
     @property
     def takes_several_labels(self) -> bool:
         """Whether a sample may have several labels, or none."""
         return True
 
-    @property
-    def layer_names(self) -> tuple[tuple[str, str], ...]:
-        """Layers that the term compares, (student, teacher); an empty name is the input of a classifier."""
-        return ()
-
-    @property
-    def needs_importance(self) -> bool:
-        """Whether the teacher's layers come with their Grad-CAM importance."""
-        return False
-
-    def learner(
-        self, student_sizes: Sequence[int], teacher_sizes: Sequence[int], weight_CD: Tensor | None
-    ) -> nn.Module | None:
-        """Make what the term itself learns, which is no part of the student: nothing, for most.
-
-        Args:
-            student_sizes: Elements of each of the student's layers.
-            teacher_sizes: Of the teacher's.
-            weight_CD: Weight of the teacher's linear classifier, if it has one.
-        """
+    def module(self, shapes: Shapes) -> nn.Module | None:
+        """Make what the term itself trains, which is no part of the student: nothing, for most."""
         return None
 
-    def learn(self, lesson: Lesson, learner: nn.Module | None) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return self(lesson.student_BC, lesson.teacher_BC, lesson.target_B)
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        """Compute the unweighted term for one batch.
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch, by its logits alone."""
+        Args:
+            lesson: What it needs of the batch.
+            module: What :meth:`module` made.
+        """
         raise NotImplementedError
 
 
-class TeacherTerm(LossTerm):
-    """A term that compares the student with a teacher."""
+class LogitTerm(Term):
+    """A term that calls a function of both networks' logits with its own settings.
+
+    Attributes:
+        function: Takes student logits, teacher logits, the labels if ``of_labels``, and the settings by name.
+        of_labels: Whether it takes the labels.
+    """
+
+    function: ClassVar[Callable[..., LossOutput]]
+    of_labels: ClassVar[bool] = False
 
     standardise: bool = Field(
         False, description="z-score both networks' logits over the classes first (LSKD, arXiv 2403.01427)"
     )
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return self.compare(*self.prepared(student_BC, teacher_BC), target_B)
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        student_BC, teacher_BC = self._logits(lesson)
+        labels = (lesson.target_B,) if self.of_labels else ()
+        return type(self).function(student_BC, teacher_BC, *labels, **self.settings())
 
-    def prepared(self, student_BC: Tensor, teacher_BC: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Standardise both networks' logits, if the recipe says so."""
-        assert teacher_BC is not None, "a recipe with a distillation term and without a teacher is refused"
-        return (standardise(student_BC), standardise(teacher_BC)) if self.standardise else (student_BC, teacher_BC)
+    def _logits(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        assert lesson.teacher_BC is not None, "a recipe with a distillation term and without a teacher is refused"
+        if self.standardise:
+            return standardise(lesson.student_BC), standardise(lesson.teacher_BC)
+        return lesson.student_BC, lesson.teacher_BC
 
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        raise NotImplementedError
+    def settings(self) -> dict[str, Any]:
+        """Values by name of what this kind of term has beside what all have."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in LogitTerm.model_fields}
 
 
-class SoftenedTerm(TeacherTerm):
+class SoftenedTerm(LogitTerm):
     """A term on softened logits."""
 
     temperature: float = Field(4.0, gt=0, le=1000, description="softening of both networks' logits")

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import decouple
-from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.base import Lesson, LossOutput, Objectives, SoftenedTerm
+from cakd_cli.losses.decoupling import Part, decouple, weigh
 from cakd_cli.losses.grouping import Grouping, LabelGrouping
 from cakd_cli.losses.logits import check_pair
+from cakd_cli.losses.weights import Weight
 
 
 def cakd(
@@ -55,14 +55,8 @@ def cakd(
             f"got {tuple(strong_BC.shape)} of {strong_BC.dtype}"
         )
     split = decouple(student_BC, teacher_BC, (~strong_BC).long(), num_groups=2, temperature=temperature)
-    scale = temperature**2
-    bcd = scale * split.between_B.mean()
-    scd, wcd = scale * split.within_BK.mean(0)
-    if scale_by_mass:
-        weighted_scd, weighted_wcd = scale * (split.teacher_mass_BK * split.within_BK).mean(0)
-    else:
-        weighted_scd, weighted_wcd = scd, wcd
-    return LossOutput(bcd + alpha * weighted_scd + beta * weighted_wcd, {"bcd": bcd, "scd": scd, "wcd": wcd})
+    inside = Part("scd", alpha, scale_by_mass), Part("wcd", beta, scale_by_mass)
+    return weigh(split, temperature, Part("bcd"), inside)
 
 
 class CAKDTerm(SoftenedTerm):
@@ -86,14 +80,8 @@ class CAKDTerm(SoftenedTerm):
     grouping: Grouping = Field(default_factory=LabelGrouping, description="which classes are strong")
     scale_by_mass: bool = Field(False, description="weigh scd and wcd by the teacher's mass of their set as well")
 
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return cakd(
-            student_BC,
-            teacher_BC,
-            self.grouping.strong(teacher_BC, target_B, self.temperature),
-            temperature=self.temperature,
-            alpha=self.alpha,
-            beta=self.beta,
-            scale_by_mass=self.scale_by_mass,
-        )
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        student_BC, teacher_BC = self._logits(lesson)
+        settings = self.settings()
+        strong_BC = settings.pop("grouping").strong(teacher_BC, lesson.target_B, self.temperature)
+        return cakd(student_BC, teacher_BC, strong_BC, **settings)

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, Objectives, TeacherTerm
+from cakd_cli.losses.base import LogitTerm, LossOutput, Objectives
 from cakd_cli.losses.logits import check_pair, check_target, pearson, soften, standardise
 from cakd_cli.losses.ranks import soft_rank_correlation
 
@@ -95,12 +95,14 @@ def sample_difficulty(teacher_BC: Tensor, target_B: Tensor, *, measure: Difficul
     raise ValueError(f"measure must be entropy, label or confidence, got {measure!r}")
 
 
-class CMKDTerm(TeacherTerm):
+class CMKDTerm(LogitTerm):
     """Pearson correlation for easy samples, Spearman for hard ones."""
 
     paper = "arXiv 2410.06561; measure and direction of the difficulty, T and epsilon are inferred"
     formula = "T^2 mean [(1 - w) (1 - rho(softmax(u_s / T), softmax(u_t / T))) + w (1 - rho(rank u_s, rank u_t))]"
     objectives: ClassVar[Objectives] = {"cmkd": ({"type": "cross-entropy"}, {"type": "cmkd", "weight": 2.0})}
+    function = staticmethod(cmkd)
+    of_labels = True
 
     type: Literal["cmkd"] = "cmkd"
     temperature: float = Field(2.0, gt=0, le=1000, description="softening of z-scored logits before Pearson")
@@ -114,15 +116,3 @@ class CMKDTerm(TeacherTerm):
     def takes_several_labels(self) -> bool:
         """Whether the difficulty does without the label."""
         return self.difficulty != "label"
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return cmkd(
-            student_BC,
-            teacher_BC,
-            target_B,
-            temperature=self.temperature,
-            epsilon=self.epsilon,
-            difficulty=self.difficulty,
-            direction=self.direction,
-        )

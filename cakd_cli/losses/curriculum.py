@@ -3,17 +3,16 @@
 Shape suffixes: B batch, C classes.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cakd_cli.losses.base import Lesson, LossOutput, Objectives, TeacherTerm
-from cakd_cli.losses.emphasis import CosineEmphasis, Weight
+from cakd_cli.losses.base import Lesson, LogitTerm, LossOutput, Objectives, Shapes
 from cakd_cli.losses.logits import check_pair, kl
 from cakd_cli.losses.supervised import cross_entropy
+from cakd_cli.losses.weights import CosineWeight, Weight
 
 
 def ctkd(
@@ -50,7 +49,7 @@ def ctkd(
     Raises:
         ValueError: If shapes do not fit, or the temperature could be 0.
     """
-    distilled = _distilled(student_BC, teacher_BC, theta, t_start, t_end, reversal_lambda)
+    distilled = _distilled(student_BC, teacher_BC, theta, t_start=t_start, t_end=t_end, reversal_lambda=reversal_lambda)
     ce = cross_entropy(student_BC, target_B).total
     return LossOutput(ce_weight * ce + kd_weight * distilled.total, {**distilled.parts, "ce": ce})
 
@@ -59,6 +58,7 @@ def _distilled(
     student_BC: Tensor,
     teacher_BC: Tensor,
     theta: float | Tensor,
+    *,
     t_start: float,
     t_end: float,
     reversal_lambda: float,
@@ -94,7 +94,7 @@ class LearntTemperature(nn.Module):
         self.theta = nn.Parameter(torch.ones(()))
 
 
-class CTKDTerm(TeacherTerm):
+class CTKDTerm(LogitTerm):
     """KD at a temperature that is learnt against the student."""
 
     paper = "Li et al. 2023, arXiv 2211.16231; its global temperature"
@@ -107,22 +107,16 @@ class CTKDTerm(TeacherTerm):
     type: Literal["ctkd"] = "ctkd"
     t_start: float = Field(1.0, gt=0, le=1000, description="lower end of the temperature")
     t_end: float = Field(20.0, gt=0, le=1000, description="width of the temperature's range")
-    reversal: Weight = Field(  # type: ignore[assignment]
-        CosineEmphasis(start=0.0, end=1.0, epochs=11.0),
+    reversal: Weight = Field(
+        CosineWeight(start=0.0, end=1.0, epochs=11.0),
         description="how much the temperature works against the student; the official code is an epoch ahead",
     )
 
-    def learner(
-        self,
-        student_sizes: Sequence[int],
-        teacher_sizes: Sequence[int],
-        weight_CD: Tensor | None,
-    ) -> LearntTemperature:
+    def module(self, shapes: Shapes) -> LearntTemperature:
         """Make the learnt number."""
         return LearntTemperature()
 
-    def learn(self, lesson: Lesson, learner: nn.Module | None) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        assert isinstance(learner, LearntTemperature)
-        student_BC, teacher_BC = self.prepared(lesson.student_BC, lesson.teacher_BC)
-        return _distilled(student_BC, teacher_BC, learner.theta, self.t_start, self.t_end, -self.reversal)
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        assert isinstance(module, LearntTemperature)
+        settings = self.settings()
+        return _distilled(*self._logits(lesson), module.theta, reversal_lambda=-settings.pop("reversal"), **settings)

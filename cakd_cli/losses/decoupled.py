@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import KLType, decouple
-from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.decoupling import KLType, Part, decouple, weigh
 from cakd_cli.losses.logits import check_pair
+from cakd_cli.losses.weights import Weight
 
 
 def dkd(
@@ -71,10 +71,8 @@ def dkd_mod(
         alone_BC = grouping.top_k(teacher_BC, 1)
     else:
         raise ValueError(f"strategy must be target or top1, got {strategy!r}")
-    parts = decouple(student_BC, teacher_BC, (~alone_BC).long(), num_groups=2, temperature=temperature, kl_type=kl_type)
-    tckd = temperature**2 * parts.between_B.mean()
-    nckd = temperature**2 * parts.within_BK[:, 1].mean()
-    return LossOutput(alpha * tckd + beta * nckd, {"tckd": tckd, "nckd": nckd})
+    split = decouple(student_BC, teacher_BC, (~alone_BC).long(), num_groups=2, temperature=temperature, kl_type=kl_type)
+    return weigh(split, temperature, Part("tckd", alpha), (None, Part("nckd", beta)))
 
 
 class DKDTerm(SoftenedTerm):
@@ -92,6 +90,8 @@ class DKDTerm(SoftenedTerm):
     }
     summaries: ClassVar[Mapping[str, str]] = {"ls-dkd": "DKD of z-scored logits (LSKD, arXiv 2403.01427)."}
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "tckd", "beta": "nckd"}
+    function = staticmethod(dkd_mod)
+    of_labels = True
 
     type: Literal["dkd"] = "dkd"
     alpha: Weight = Field(1.0, description="weight of tckd, label against the rest")
@@ -100,16 +100,3 @@ class DKDTerm(SoftenedTerm):
         "target", description="the class against the rest: the label, or the teacher's largest logit"
     )
     kl_type: KLType = Field("forward", description="direction of the KL inside the rest")
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return dkd_mod(
-            student_BC,
-            teacher_BC,
-            target_B,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            beta=self.beta,
-            strategy=self.strategy,
-            kl_type=self.kl_type,
-        )

@@ -10,12 +10,14 @@ inside it
 Shape suffixes: B batch, C classes, K groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from cakd_cli.losses.base import LossOutput
 from cakd_cli.losses.logits import check_pair, soften
 
 KLType = Literal["forward", "reverse", "both"]
@@ -116,3 +118,45 @@ def _log_split(logits_BC: Tensor, member_BKC: Tensor, filled_BK: Tensor) -> tupl
     group_BK = torch.where(filled_BK, top_BK1.squeeze(2) + log_sum_BK, -torch.inf)
     inside_BC = torch.where(member_BKC, shifted_BKC - log_sum_BK.unsqueeze(2), 0).sum(1)
     return group_BK.log_softmax(1), inside_BC
+
+
+class Part(NamedTuple):
+    """How one part of a divergence counts.
+
+    Attributes:
+        name: As the method calls it.
+        weight: Of the part.
+        by_mass: Weigh each sample by the teacher's mass of the group as well, as the theorem does.
+        shows_mass: Whether the reported part is then weighed by the mass too.
+    """
+
+    name: str
+    weight: float = 1.0
+    by_mass: bool = False
+    shows_mass: bool = False
+
+
+def weigh(split: Decoupling, temperature: float, between: Part, inside: Sequence[Part | None]) -> LossOutput:
+    """Make a loss of the parts of a divergence: who is in which group is the split's, what each weighs is said here.
+
+    Args:
+        split: From :func:`decouple`, at this temperature.
+        temperature: Its square multiplies every part.
+        between: The divergence of the group masses.
+        inside: The divergence inside each group, in their order; none leaves a group out.
+
+    Returns:
+        ``total``, and the parts by name: batch means, times temperature squared, before their weights, in nats.
+    """
+    scale = temperature**2
+    parts = {between.name: scale * split.between_B.mean()}
+    total = between.weight * parts[between.name]
+    plain_K = scale * split.within_BK.mean(0)
+    massed_K = plain_K
+    if any(part is not None and part.by_mass for part in inside):
+        massed_K = scale * (split.teacher_mass_BK * split.within_BK).mean(0)
+    for part, plain, massed in zip(inside, plain_K, massed_K, strict=True):
+        if part is not None:
+            parts[part.name] = massed if part.shows_mass else plain
+            total = total + part.weight * (massed if part.by_mass else plain)
+    return LossOutput(total, parts)

@@ -6,17 +6,18 @@ Shape suffixes: B batch, C classes, K groups.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cakd_cli.losses import grouping
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import Decoupling, KLType, decouple
-from cakd_cli.losses.emphasis import Weight
+from cakd_cli.losses.base import Lesson, LossOutput, Objectives, SoftenedTerm
+from cakd_cli.losses.decoupling import Decoupling, KLType, Part, decouple, weigh
 from cakd_cli.losses.logits import STANDARDISING_EPSILON, check_pair, soften, standardise
+from cakd_cli.losses.weights import Weight
 
 Strategy = Literal["best", "worst"]
 
@@ -56,8 +57,8 @@ def gdkd(
     Raises:
         ValueError: If shapes do not fit or a setting is out of range.
     """
-    logits = {"student": student_BC, "teacher": teacher_BC}
-    return _sum(_split(logits, _top(teacher_BC, k, strategy), temperature, kl_type), temperature, w0, w1, w2)
+    split = _split(student_BC, teacher_BC, _top(teacher_BC, k, strategy), temperature, kl_type)
+    return weigh(split, temperature, *_parts(w0, w1, w2))
 
 
 def gdkd3(
@@ -75,9 +76,8 @@ def gdkd3(
     place_BK = torch.ones_like(order_BK).index_fill_(1, order_BK.new_zeros(1), 0)
     group_BC = torch.full(teacher_BC.shape, 2, device=teacher_BC.device).scatter_(1, order_BK, place_BK)
     split = decouple(student_BC, teacher_BC, group_BC, num_groups=3, temperature=temperature)
-    high = temperature**2 * split.between_B.mean()
-    _, low_top, low_other = temperature**2 * split.within_BK.mean(0)
-    return _weighted(high, low_top, low_other, w0, w1, w2)
+    high, inside = _parts(w0, w1, w2)
+    return weigh(split, temperature, high, (None, *inside))
 
 
 def gdkd_auto_w(
@@ -118,15 +118,12 @@ def gdkd_auto_w(
     """
     if mode not in ("v1", "v2", "v3"):
         raise ValueError(f"mode must be v1, v2 or v3, got {mode!r}")
-    rest_BC = (~_top(teacher_BC, k, "best")).long()
-    split = decouple(student_BC, teacher_BC, rest_BC, num_groups=2, temperature=temperature)
-    scale = temperature**2
-    with_mass = scale * (split.teacher_mass_BK * split.within_BK).mean(0)
-    without = scale * split.within_BK.mean(0)
-    high = scale * split.between_B.mean()
-    low_top = without[0] if mode == "v2" else with_mass[0]
-    low_other = without[1] if mode == "v3" else with_mass[1]
-    output = _weighted(high, low_top, low_other, 1.0, w1 if mode == "v2" else m1, w2 if mode == "v3" else m2)
+    split = _split(student_BC, teacher_BC, _top(teacher_BC, k, "best"), temperature, "forward")
+    inside = (
+        Part("low_top", w1) if mode == "v2" else Part("low_top", m1, by_mass=True, shows_mass=True),
+        Part("low_other", w2) if mode == "v3" else Part("low_other", m2, by_mass=True, shows_mass=True),
+    )
+    output = weigh(split, temperature, Part("high"), inside)
     masses = split.teacher_mass_BK.mean(0)
     return LossOutput(output.total, output.parts | {"b_top_mean": masses[0], "b_other_mean": masses[1]})
 
@@ -149,8 +146,8 @@ def gdkd_auto_k(
     """
     check_pair(student_BC, teacher_BC, temperature)
     k_B = grouping.auto_k(teacher_BC, ratio_threshold=ratio_threshold, topk_cap=topk_cap, temperature=temperature)
-    logits = {"student": student_BC, "teacher": teacher_BC}
-    return _sum(_split(logits, grouping.ranked_below(teacher_BC, k_B), temperature, kl_type), temperature, w0, w1, w2)
+    split = _split(student_BC, teacher_BC, grouping.ranked_below(teacher_BC, k_B), temperature, kl_type)
+    return weigh(split, temperature, *_parts(w0, w1, w2))
 
 
 def ls_gdkd(
@@ -182,33 +179,30 @@ def ls_gdkd(
         raise ValueError(f"norm_mode must be global, both or other, got {norm_mode!r}")
     top_BC = _top(teacher_BC, k, strategy)
     check_pair(student_BC, teacher_BC, temperature)
-    logits = {"student": student_BC, "teacher": teacher_BC.detach()}
+    raw = logits = {"student": student_BC, "teacher": teacher_BC.detach()}
     facts: dict[str, Tensor] = {}
-    between = None
     if norm_mode == "global":
-        for name, logits_BC in logits.items():
+        for name, logits_BC in raw.items():
             precise_BC = soften(logits_BC, 1.0)
             facts |= {f"mean_{name}": precise_BC.mean(1).mean(), f"std_{name}": precise_BC.std(1).mean()}
-            logits[name] = standardise(logits_BC)
+        logits = {name: standardise(logits_BC) for name, logits_BC in raw.items()}
     else:
-        between = _split(logits, top_BC, temperature, kl_type).between_B
+        logits = dict(raw)
         groups = {"top": top_BC, "other": ~top_BC}
         for group in ("top", "other") if norm_mode == "both" else ("other",):
             for name in logits:
                 logits[name], mean_B, std_B = _standardise_inside(logits[name], groups[group])
                 facts |= {f"mean_{name}_{group}": mean_B.mean(), f"std_{name}_{group}": std_B.mean()}
-    split = _split(logits, top_BC, temperature, kl_type)
-    high = temperature**2 * (split.between_B if between is None else between).mean()
-    low_top, low_other = temperature**2 * split.within_BK.mean(0)
-    output = _weighted(high, low_top, low_other, w0, w1, w2)
+    split = _split(logits["student"], logits["teacher"], top_BC, temperature, kl_type)
+    if norm_mode != "global":
+        between = _split(raw["student"], raw["teacher"], top_BC, temperature, kl_type).between_B
+        split = replace(split, between_B=between)
+    output = weigh(split, temperature, *_parts(w0, w1, w2))
     return LossOutput(output.total, output.parts | facts)
 
 
-def _split(logits: dict[str, Tensor], top_BC: Tensor, temperature: float, kl_type: KLType) -> Decoupling:
-    rest_BC = (~top_BC).long()
-    return decouple(
-        logits["student"], logits["teacher"], rest_BC, num_groups=2, temperature=temperature, kl_type=kl_type
-    )
+def _split(student_BC: Tensor, teacher_BC: Tensor, top_BC: Tensor, temperature: float, kl_type: KLType) -> Decoupling:
+    return decouple(student_BC, teacher_BC, (~top_BC).long(), num_groups=2, temperature=temperature, kl_type=kl_type)
 
 
 def _standardise_inside(logits_BC: Tensor, member_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,16 +224,8 @@ def _top(teacher_BC: Tensor, k: int, strategy: Strategy) -> Tensor:
     return grouping.top_k(teacher_BC if strategy == "best" else -teacher_BC, k)
 
 
-def _sum(split: Decoupling, temperature: float, w0: float, w1: float, w2: float) -> LossOutput:
-    high = temperature**2 * split.between_B.mean()
-    low_top, low_other = temperature**2 * split.within_BK.mean(0)
-    return _weighted(high, low_top, low_other, w0, w1, w2)
-
-
-def _weighted(high: Tensor, low_top: Tensor, low_other: Tensor, w0: float, w1: float, w2: float) -> LossOutput:
-    return LossOutput(
-        w0 * high + w1 * low_top + w2 * low_other, {"high": high, "low_top": low_top, "low_other": low_other}
-    )
+def _parts(w0: float, w1: float, w2: float) -> tuple[Part, tuple[Part, Part]]:
+    return Part("high", w0), (Part("low_top", w1), Part("low_other", w2))
 
 
 class _GeneralizedTerm(SoftenedTerm):
@@ -249,10 +235,6 @@ class _GeneralizedTerm(SoftenedTerm):
     w0: Weight = Field(1.0, description="weight of high, top against rest")
     w1: Weight = Field(1.0, description="weight of low_top, inside the top")
     w2: Weight = Field(8.0, description="weight of low_other, inside the rest")
-
-    @property
-    def _weights(self) -> dict[str, float]:
-        return {"temperature": self.temperature, "w0": self.w0, "w1": self.w1, "w2": self.w2}
 
 
 class GDKDTerm(_GeneralizedTerm):
@@ -269,15 +251,22 @@ class GDKDTerm(_GeneralizedTerm):
     }
 
     summaries: ClassVar[Mapping[str, str]] = {"ls-gdkd": "GDKD of z-scored logits (LS_GDKD of its repository)."}
+    function = staticmethod(gdkd)
 
     type: Literal["gdkd"] = "gdkd"
     k: int = Field(5, ge=1, description="classes at the top")
     kl_type: KLType = Field("forward", description="direction of the KL inside the groups")
     strategy: Strategy = Field("best", description="the k largest logits, or the k smallest")
+    standardise: bool | Literal["both", "other"] = Field(  # type: ignore[assignment]
+        False, description="z-score all logits first; or those of both groups, or of the rest, for their inner part"
+    )
 
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return gdkd(student_BC, teacher_BC, k=self.k, kl_type=self.kl_type, strategy=self.strategy, **self._weights)
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        if not self.standardise:
+            return super().__call__(lesson, module)
+        assert lesson.teacher_BC is not None
+        mode = "global" if self.standardise is True else self.standardise
+        return ls_gdkd(lesson.student_BC, lesson.teacher_BC, norm_mode=mode, **self.settings())
 
 
 class GDKD3Term(_GeneralizedTerm):
@@ -287,13 +276,10 @@ class GDKD3Term(_GeneralizedTerm):
     objectives: ClassVar[Objectives] = {
         "gdkd3": ({"type": "cross-entropy"}, {"type": "gdkd3", "warmup_epochs": "auto"})
     }
+    function = staticmethod(gdkd3)
 
     type: Literal["gdkd3"] = "gdkd3"
     k: int = Field(4, ge=1, description="classes in the first two groups")
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return gdkd3(student_BC, teacher_BC, k=self.k, **self._weights)
 
 
 class GDKDAutoKTerm(_GeneralizedTerm):
@@ -303,22 +289,12 @@ class GDKDAutoKTerm(_GeneralizedTerm):
     objectives: ClassVar[Objectives] = {
         "gdkd-auto-k": ({"type": "cross-entropy"}, {"type": "gdkd-auto-k", "warmup_epochs": "auto"})
     }
+    function = staticmethod(gdkd_auto_k)
 
     type: Literal["gdkd-auto-k"] = "gdkd-auto-k"
     topk_cap: int = Field(100, ge=1, description="most classes at the top")
     ratio_threshold: float = Field(2.0, gt=0, description="by how much a class must exceed the mean of those below it")
     kl_type: KLType = Field("forward", description="direction of the KL inside the groups")
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return gdkd_auto_k(
-            student_BC,
-            teacher_BC,
-            topk_cap=self.topk_cap,
-            ratio_threshold=self.ratio_threshold,
-            kl_type=self.kl_type,
-            **self._weights,
-        )
 
 
 class GDKDAutoWTerm(SoftenedTerm):
@@ -330,6 +306,7 @@ class GDKDAutoWTerm(SoftenedTerm):
     objectives: ClassVar[Objectives] = {
         "gdkd-auto-w": ({"type": "cross-entropy"}, {"type": "gdkd-auto-w", "warmup_epochs": "auto"})
     }
+    function = staticmethod(gdkd_auto_w)
 
     type: Literal["gdkd-auto-w"] = "gdkd-auto-w"
     mode: Literal["v1", "v2", "v3"] = Field("v1", description="which parts have the mass: both, the rest's, the top's")
@@ -338,17 +315,3 @@ class GDKDAutoWTerm(SoftenedTerm):
     m2: Weight = Field(14.0, description="weight of low_other where it has the mass")
     w1: Weight = Field(1.0, description="weight of low_top in v2")
     w2: Weight = Field(8.0, description="weight of low_other in v3")
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return gdkd_auto_w(
-            student_BC,
-            teacher_BC,
-            mode=self.mode,
-            k=self.k,
-            temperature=self.temperature,
-            m1=self.m1,
-            m2=self.m2,
-            w1=self.w1,
-            w2=self.w2,
-        )

@@ -9,10 +9,11 @@ Shape suffixes: B batch, C classes.
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from cakd_cli.losses.logits import check_target, soften
+from cakd_cli.options import Options
 
 
 def label(teacher_BC: Tensor, target_B: Tensor) -> Tensor:
@@ -100,9 +101,7 @@ def threshold(teacher_BC: Tensor, probability: float, *, temperature: float = 1.
     return soften(teacher_BC, temperature).softmax(1) >= probability
 
 
-class _Grouping(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
+class _Grouping(Options):
     def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
         """Mask of the strong classes."""
         raise NotImplementedError
@@ -114,7 +113,6 @@ class LabelGrouping(_Grouping):
     type: Literal["label"] = "label"
 
     def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
-        """Mask of the strong classes."""
         return label(teacher_BC, target_B)
 
 
@@ -125,7 +123,6 @@ class TopKGrouping(_Grouping):
     k: int = Field(5, ge=1, description="number of strong classes")
 
     def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
-        """Mask of the strong classes."""
         return top_k(teacher_BC, self.k)
 
 
@@ -136,7 +133,6 @@ class TopMassGrouping(_Grouping):
     mass: float = Field(0.9, gt=0, le=1, description="share of the teacher's probability")
 
     def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
-        """Mask of the strong classes."""
         return top_mass(teacher_BC, self.mass, temperature=temperature)
 
 
@@ -147,7 +143,6 @@ class ThresholdGrouping(_Grouping):
     probability: float = Field(0.05, gt=0, lt=1, description="least softened teacher probability of a strong class")
 
     def strong(self, teacher_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
-        """Mask of the strong classes."""
         return threshold(teacher_BC, self.probability, temperature=temperature)
 
 

@@ -4,12 +4,12 @@ Shape suffixes: B batch, C classes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm, TeacherTerm
+from cakd_cli.losses.base import LogitTerm, LossOutput, Objectives, SoftenedTerm
 from cakd_cli.losses.logits import check_pair, kl, soften
 
 
@@ -75,15 +75,7 @@ def _scaled(name: str, divergence_BC: Tensor, temperature: float) -> LossOutput:
     return LossOutput(total, {name: total})
 
 
-class _DivergenceTerm(SoftenedTerm):
-    divergence: ClassVar[Callable[..., LossOutput]]
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return type(self).divergence(student_BC, teacher_BC, temperature=self.temperature)
-
-
-class KDTerm(_DivergenceTerm):
+class KDTerm(SoftenedTerm):
     """KL of softened class probabilities."""
 
     paper = "Hinton, Vinyals, Dean 2015, arXiv 1503.02531"
@@ -97,36 +89,36 @@ class KDTerm(_DivergenceTerm):
         ),
     }
     summaries: ClassVar[Mapping[str, str]] = {"ls-kd": "KD of z-scored logits (LSKD, arXiv 2403.01427)."}
-    divergence = staticmethod(kd)
+    function = staticmethod(kd)
 
     type: Literal["kd"] = "kd"
 
 
-class ReverseKLTerm(_DivergenceTerm):
+class ReverseKLTerm(SoftenedTerm):
     """KL the other way round: the student seeks the teacher's modes."""
 
     formula = "T^2 mean KL(p_student || p_teacher)"
     objectives: ClassVar[Objectives] = {
         "reverse-kl": ({"type": "cross-entropy", "weight": 0.1}, {"type": "reverse-kl", "weight": 0.9})
     }
-    divergence = staticmethod(reverse_kl)
+    function = staticmethod(reverse_kl)
 
     type: Literal["reverse-kl"] = "reverse-kl"
 
 
-class JensenShannonTerm(_DivergenceTerm):
+class JensenShannonTerm(SoftenedTerm):
     """Mean of the KLs of both networks to their mixture; bounded."""
 
     formula = "T^2 mean (KL(p_teacher || m) + KL(p_student || m)) / 2,  m = (p_teacher + p_student) / 2"
     objectives: ClassVar[Objectives] = {
         "jensen-shannon": ({"type": "cross-entropy", "weight": 0.1}, {"type": "jensen-shannon", "weight": 0.9})
     }
-    divergence = staticmethod(jensen_shannon)
+    function = staticmethod(jensen_shannon)
 
     type: Literal["jensen-shannon"] = "jensen-shannon"
 
 
-class LogitMSETerm(TeacherTerm):
+class LogitMSETerm(LogitTerm):
     """Squared difference of the logits themselves."""
 
     paper = "Kim et al. 2021, arXiv 2105.08919"
@@ -134,9 +126,6 @@ class LogitMSETerm(TeacherTerm):
     objectives: ClassVar[Objectives] = {
         "logit-mse": ({"type": "cross-entropy", "weight": 0.1}, {"type": "logit-mse", "weight": 0.9})
     }
+    function = staticmethod(logit_mse)
 
     type: Literal["logit-mse"] = "logit-mse"
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return logit_mse(student_BC, teacher_BC)

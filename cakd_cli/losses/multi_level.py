@@ -12,9 +12,9 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from cakd_cli.losses.base import LossOutput, Objectives, TeacherTerm
+from cakd_cli.losses.base import Lesson, LogitTerm, LossOutput, Objectives
 from cakd_cli.losses.knowledge_distillation import kd
 from cakd_cli.losses.logits import check_pair, kl, soften, standardise
 from cakd_cli.losses.supervised import cross_entropy
@@ -228,7 +228,7 @@ def _masked_gram(
     return _gram_distance(student, teacher) / kept.sum()
 
 
-class MLKDTerm(TeacherTerm):
+class MLKDTerm(LogitTerm):
     """KD and Gram matrices at several temperatures, on one view."""
 
     paper = "Jin et al. 2023, CVPR, Multi-Level Logit Distillation"
@@ -245,8 +245,8 @@ class MLKDTerm(TeacherTerm):
     quantile: float = Field(0.5, ge=0, le=1, description="share of samples and classes under the mask")
     reference_quirks: bool = Field(False, description="multiply by the masks' shares, as the official code does")
 
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        student_BC, teacher_BC = self._logits(lesson)
         return _levels(
             student_BC,
             teacher_BC,

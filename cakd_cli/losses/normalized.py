@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.emphasis import Weight
 from cakd_cli.losses.logits import check_pair, soften
+from cakd_cli.losses.weights import Weight
 
 
 def nkd(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float, gamma: float) -> LossOutput:
@@ -61,6 +61,8 @@ class NKDTerm(SoftenedTerm):
     paper = "Yang et al. 2023, arXiv 2303.13005"
     formula = "-mean p_t[y] log p_s[y] - gamma T^2 mean sum_rest q_t log q_s,  q over the other classes"
     objectives: ClassVar[Objectives] = {"nkd": ({"type": "cross-entropy"}, {"type": "nkd"})}
+    function = staticmethod(nkd)
+    of_labels = True
 
     type: Literal["nkd"] = "nkd"
     temperature: float = Field(1.0, gt=0, le=1000, description="softening of the other classes")
@@ -70,7 +72,3 @@ class NKDTerm(SoftenedTerm):
     def takes_several_labels(self) -> bool:
         """It weighs the probability of one label."""
         return False
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return nkd(student_BC, teacher_BC, target_B, temperature=self.temperature, gamma=self.gamma)

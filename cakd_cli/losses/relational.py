@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.emphasis import Weight
 from cakd_cli.losses.logits import check_pair, pearson, soften
+from cakd_cli.losses.weights import Weight
 
 
 def dist(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float, beta: float, gamma: float) -> LossOutput:
@@ -50,11 +50,8 @@ class DISTTerm(SoftenedTerm):
     objectives: ClassVar[Objectives] = {"dist": ({"type": "cross-entropy"}, {"type": "dist"})}
 
     weighs: ClassVar[Mapping[str, str]] = {"beta": "inter", "gamma": "intra"}
+    function = staticmethod(dist)
 
     type: Literal["dist"] = "dist"
     beta: Weight = Field(2.0, description="weight of inter, over the classes")
     gamma: Weight = Field(2.0, description="weight of intra, over the batch")
-
-    def compare(self, student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return dist(student_BC, teacher_BC, temperature=self.temperature, beta=self.beta, gamma=self.gamma)

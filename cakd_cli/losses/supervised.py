@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from cakd_cli.losses.base import LossOutput, LossTerm, Objectives
+from cakd_cli.losses.base import Lesson, LossOutput, Needs, Objectives, Term
 from cakd_cli.losses.logits import check_target, soften
 
 
@@ -60,10 +60,9 @@ def _several_labels(student_BC: Tensor, positive_BC: Tensor, label_smoothing: fl
     return -(smooth_BC * student_BC.log_softmax(1)).sum() / (count_B1 > 0).sum().clamp(min=1)
 
 
-class CrossEntropyTerm(LossTerm):
+class CrossEntropyTerm(Term):
     """Labels alone: the student learns without a teacher."""
 
-    needs_teacher: ClassVar[bool] = False
     formula = "mean -log p_student[label];  of several labels: mean sum_classes binary cross-entropy"
     objectives: ClassVar[Objectives] = {"cross-entropy": ({"type": "cross-entropy"},)}
 
@@ -73,6 +72,12 @@ class CrossEntropyTerm(LossTerm):
         "bce", description="of several labels: each class by itself, or one even target over them"
     )
 
-    def __call__(self, student_BC: Tensor, teacher_BC: Tensor | None, target_B: Tensor) -> LossOutput:
-        """Compute the unweighted term for one batch."""
-        return cross_entropy(student_BC, target_B, label_smoothing=self.label_smoothing, multi_label=self.multi_label)
+    @property
+    def needs(self) -> Needs:
+        """No teacher."""
+        return Needs(teacher=False)
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        return cross_entropy(
+            lesson.student_BC, lesson.target_B, label_smoothing=self.label_smoothing, multi_label=self.multi_label
+        )

@@ -4,7 +4,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from cakd_cli.models.base import ModelSpec
+from cakd_cli.models.base import ModelSpec, num_parameters
 from cakd_cli.models.bottleneck_resnet import BottleneckResNetSpec
 from cakd_cli.models.external import ExternalSpec, TimmSpec, TorchvisionSpec, load_but_head
 from cakd_cli.models.mobilenet import MobileNetSpec
@@ -51,5 +51,6 @@ __all__ = [
     "load_but_head",
     "load_state",
     "names",
+    "num_parameters",
     "read_state",
 ]

@@ -2,18 +2,19 @@
 
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
+from cakd_cli.options import Options
 
-class ModelSpec(BaseModel):
+
+class ModelSpec(Options):
     """A network by name, and where its weights come from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     # The field that `NAME:VALUE` on the command line fills.
     shorthand: ClassVar[str | None] = None
 
+    type: str
     weights: str | None = Field(
         None, description="file to start from, .safetensors or a .pth of plain tensors; none = fresh weights"
     )
@@ -29,4 +30,23 @@ class ModelSpec(BaseModel):
     @property
     def label(self) -> str:
         """What a person calls this network."""
-        raise NotImplementedError
+        return self.type
+
+    @property
+    def architecture(self) -> str:
+        """Everything that decides what the network computes but its weights."""
+        return self.model_dump_json(exclude={"weights"})
+
+    @property
+    def origin(self) -> str:
+        """Where the weights come from that the network starts with, in words."""
+        return f"weights of {self.weights}" if self.weights else "fresh weights"
+
+    def missing_file(self) -> str | None:
+        """Say what would be downloaded before the network can be made; none if all is here."""
+        return None
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the elements of all weights, frozen ones included; the buffers of norms are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -70,10 +70,4 @@ class BottleneckResNetSpec(ModelSpec):
     type: Literal["resnet50"] = Field(description="bottleneck blocks")
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         return BottleneckResNet(in_channels, num_classes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return self.type

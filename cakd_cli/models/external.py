@@ -1,12 +1,15 @@
 """Bridges to the networks of torchvision and timm."""
 
+import importlib.metadata
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
 from torch import nn
 
-from cakd_cli.errors import InputError, RecipeError, nearest
+from cakd_cli.errors import InputError, RecipeError, first_line, nearest
 from cakd_cli.models.base import ModelSpec
 from cakd_cli.models.weights import load_state
 
@@ -16,6 +19,7 @@ class ExternalSpec(ModelSpec):
 
     shorthand: ClassVar[str | None] = "name"
 
+    name: str
     pretrained: bool = Field(False, description="start from the library's published weights")
 
     def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
@@ -30,6 +34,22 @@ class ExternalSpec(ModelSpec):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, of pixels in [0, 1], that the published weights expect."""
         raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        return f"{self.type}:{self.name}"
+
+    @property
+    def architecture(self) -> str:
+        # Another version of the library may compute something else under the same name.
+        settings = self.model_dump_json(exclude={"weights", "pretrained"})
+        return f"{settings} of {self.type} {importlib.metadata.version(self.type)}"
+
+    @property
+    def origin(self) -> str:
+        if self.pretrained and self.weights is None:
+            return f"{self.type}'s published weights"
+        return super().origin
 
 
 # Of torchvision's classifiers.
@@ -47,7 +67,7 @@ class TorchvisionSpec(ExternalSpec):
 
         return [name for name in models.list_models(module=models) if name not in _SEVERAL_OUTPUTS]
 
-    def _check(self, in_channels: int) -> None:
+    def _check_name(self) -> None:
         known = self._known()
         if self.name in _SEVERAL_OUTPUTS:
             raise RecipeError(
@@ -55,6 +75,9 @@ class TorchvisionSpec(ExternalSpec):
             )
         if self.name not in known:
             raise RecipeError(f"torchvision has no classifier '{self.name}'", hint=nearest(self.name, known))
+
+    def _check(self, in_channels: int) -> None:
+        self._check_name()
         if in_channels != 3:
             raise RecipeError(
                 f"torchvision:{self.name} takes 3 channels, the images have {in_channels}",
@@ -62,7 +85,6 @@ class TorchvisionSpec(ExternalSpec):
             )
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         from torchvision import models
 
         self._check(in_channels)
@@ -73,8 +95,17 @@ class TorchvisionSpec(ExternalSpec):
 
         return models.get_model_weights(self.name).DEFAULT
 
+    def missing_file(self) -> str | None:
+        import torch
+
+        if not self.pretrained or self.weights is not None:
+            return None
+        self._check_name()
+        url = self._weights().url
+        here = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        return None if here.is_file() else f"the weights of {self.label}, from {url}"
+
     def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with the published weights; a head of another size is fresh."""
         model = self.build(in_channels=in_channels, num_classes=num_classes)
         try:
             state = self._weights().get_state_dict(progress=False, check_hash=True)
@@ -87,14 +118,8 @@ class TorchvisionSpec(ExternalSpec):
         return model
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation that the published weights expect."""
         transform = self._weights().transforms()
         return tuple(transform.mean), tuple(transform.std)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return f"torchvision:{self.name}"
 
 
 class TimmSpec(ExternalSpec):
@@ -113,30 +138,34 @@ class TimmSpec(ExternalSpec):
         return timm
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         return cast(nn.Module, self._timm().create_model(self.name, in_chans=in_channels, num_classes=num_classes))
 
+    def missing_file(self) -> str | None:
+        if not self.pretrained or self.weights is not None:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        config = self._timm().get_pretrained_cfg(self.name)
+        if config is None or not config.hf_hub_id:
+            return None
+        here = [try_to_load_from_cache(config.hf_hub_id, name) for name in ("model.safetensors", "pytorch_model.bin")]
+        found = any(isinstance(path, str) and os.path.exists(path) for path in here)
+        return None if found else f"the weights of {self.label}, from the Hugging Face hub ({config.hf_hub_id})"
+
     def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with the published weights; a head of another size is fresh."""
         timm = self._timm()
         try:
             model = timm.create_model(self.name, pretrained=True, in_chans=in_channels, num_classes=num_classes)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"cannot fetch the weights of timm:{self.name}: {_first_line(error)}",
+                f"cannot fetch the weights of timm:{self.name}: {first_line(error)}",
                 hint="without a network, give a file: model.weights=PATH.safetensors (or teacher.weights)",
             ) from error
         return cast(nn.Module, model)
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation that the published weights expect."""
         config = self._timm().get_pretrained_cfg(self.name)
         return tuple(config.mean), tuple(config.std)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return f"timm:{self.name}"
 
 
 def load_but_head(model: nn.Module, state: Mapping[str, Any], *, source: str) -> None:
@@ -153,7 +182,3 @@ def load_but_head(model: nn.Module, state: Mapping[str, Any], *, source: str) ->
         if name in own and (name not in state or state[name].shape != own[name].shape)
     }
     load_state(model, {**state, **fresh}, source=source)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -48,6 +48,9 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Stem that halves, seven stages of inverted residuals, head, global average pool, linear classifier."""
 
+    # As the literature counts them, after the stem.
+    stages = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
+
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(*_convolution(in_channels, _STEM, 3, stride=2), nn.ReLU(inplace=True))
@@ -83,10 +86,4 @@ class MobileNetSpec(ModelSpec):
     type: Literal["mobilenet-v2"] = Field(description="half width, as in the CIFAR-100 distillation literature")
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         return MobileNetV2(in_channels, num_classes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return self.type

@@ -38,6 +38,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Stem, three stages of basic blocks, global average pool, linear classifier."""
 
+    # As the literature counts them, after the stem.
+    stages = ("layer1", "layer2", "layer3")
+
     def __init__(self, widths: tuple[int, int, int, int], blocks: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
@@ -78,12 +81,6 @@ class ResNetSpec(ModelSpec):
     ] = Field(description="depth, and x4 for the wide form")
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         depth, _, wide = self.type.removeprefix("resnet").partition("x")
         widths = (32, 64, 128, 256) if wide else (16, 16, 32, 64)
         return ResNet(widths, (int(depth) - 2) // 6, in_channels, num_classes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return self.type

@@ -164,11 +164,5 @@ class ShuffleNetSpec(ModelSpec):
     type: Literal["shufflenet-v1", "shufflenet-v2"] = Field(description="as in the CIFAR-100 distillation literature")
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         network = ShuffleNetV1 if self.type == "shufflenet-v1" else ShuffleNetV2
         return network(in_channels, num_classes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return self.type

@@ -26,6 +26,9 @@ _BLOCKS = {
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions, halved after the first three, then a global average and a linear classifier."""
 
+    # As the literature counts them, after the stem.
+    stages = ("block1", "block2", "block3", "block4")
+
     def __init__(self, convolutions: tuple[int, ...], in_channels: int, num_classes: int) -> None:
         super().__init__()
         for number, (width, count) in enumerate(zip(_WIDTHS, convolutions, strict=True)):
@@ -61,10 +64,4 @@ class VGGSpec(ModelSpec):
     type: Literal["vgg8", "vgg11", "vgg13", "vgg16", "vgg19"] = Field(description="layers")
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         return VGG(_BLOCKS[self.type], in_channels, num_classes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return self.type

@@ -50,6 +50,9 @@ class Stage(nn.Module):
 class WideResNet(nn.Module):
     """Stem, three stages of pre-activation blocks, norm, global average pool, linear classifier."""
 
+    # As the literature counts them, after the stem.
+    stages = ("block1", "block2", "block3")
+
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
         blocks = (depth - 4) // 6
@@ -78,11 +81,5 @@ class WideResNetSpec(ModelSpec):
     type: Literal["wrn-16-1", "wrn-16-2", "wrn-40-1", "wrn-40-2"] = Field(description="depth and widening factor")
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
-        """Make the network with fresh weights."""
         depth, width = map(int, self.type.removeprefix("wrn-").split("-"))
         return WideResNet(depth, width, in_channels, num_classes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this network."""
-        return self.type

@@ -37,11 +37,17 @@ def objectives(name: str, known: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
     for row in (rows.get(_EVERY_PAIR, {}), rows[pair]):
         for method, entry in row.items():
             if isinstance(entry, Mapping):
-                # The term that distils is the last one.
-                found[method][-1] |= entry
+                _refined(found[method], method, entry)
             else:
                 found[method] = [dict(term) for term in entry]
     return found
+
+
+def _refined(terms: list[dict[str, Any]], method: str, entry: Mapping[str, Any]) -> None:
+    """Refine the term that a row names by its ``type``; without one, that of the method's own name, or the last."""
+    kind = entry.get("type", method)
+    named = [term for term in terms if term["type"] == kind]
+    (named or terms)[-1].update(entry)
 
 
 def of_method(method: str) -> list[dict[str, Any]]:

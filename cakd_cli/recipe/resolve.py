@@ -4,20 +4,17 @@ Precedence: default < recipe file < KEY=VALUE < flag. A deeper key refines what 
 ``--loss dkd loss.1.beta=4`` does what it says.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from cakd_cli import data, losses, models
+from cakd_cli import data, losses, models, options
 from cakd_cli.errors import RecipeError, UsageError, nearest
 from cakd_cli.recipe import published, shipped, strict_yaml
-from cakd_cli.recipe.schema import EnsembleTeacher, Recipe, single_teachers
-
-Keys = tuple[str | int, ...]
+from cakd_cli.recipe.schema import Keys, Recipe
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def resolve(
     assignments += [
         _Assignment(tuple(dotted.split(".")), value, called.get(dotted, _flag_name(dotted)))
         for dotted, value in flags.items()
-        if value is not None
+        if value is not None and value != ()
     ]
     # Stable: shallow keys first, and at one depth flags after words.
     for assignment in sorted((a for a in assignments if a is not None), key=lambda a: len(a.keys)):
@@ -108,7 +105,8 @@ def resolve(
     recipe = _validate(raw, mistakes)
     mistakes.report()
     assert recipe is not None
-    return _settle(recipe)
+    # The length of the run is known here: what depends on it alone is no longer automatic.
+    return recipe.model_copy(update={"loss": tuple(term.over(recipe.engine.epochs) for term in recipe.loss)})
 
 
 def _flag_name(dotted: str) -> str:
@@ -178,12 +176,8 @@ def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:
 
 def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _Mistakes, origin: str) -> Any:
     """Turn the short forms ``digits``, ``folder:PATH``, ``torchvision:NAME``, ``dkd`` into mappings and lists."""
-    if key == "teacher" and isinstance(value, str) and value.startswith("["):
-        document = strict_yaml.parse(value)  # a flag's value, which is text
-        for _, message in document.problems:
-            mistakes.add(origin, f"teacher: {message}")
-        if not document.problems:
-            value = document.value
+    if key == "teacher" and isinstance(value, tuple):  # a flag that was given once or more
+        value = list(value) if len(value) > 1 else value[0]
     if key == "teacher" and isinstance(value, list):
         value = {"type": "ensemble", "members": value}
     if key == "teacher" and isinstance(value, dict) and isinstance(value.get("members"), list):
@@ -277,7 +271,6 @@ def _validate(raw: dict[str, Any], mistakes: _Mistakes) -> Recipe | None:
     except ValidationError as error:
         details = error.errors()
     else:
-        _check_whole(recipe, mistakes)
         return recipe
     places = [(_place(detail, raw), detail) for detail in details]
     by_place: dict[Keys, list[Any]] = {}
@@ -302,8 +295,9 @@ def _follows(keys: Keys, detail: Any, places: list[tuple[Keys, Any]]) -> bool:
 
 
 def _other_kind(detail: Any) -> bool:
-    wanted = {"float_type": float, "model_attributes_type": dict, "model_type": dict}.get(detail["type"])
-    return wanted is not None and isinstance(detail["input"], dict) != (wanted is dict)
+    wanted = {"float_type": float, "int_type": int, "model_attributes_type": dict, "model_type": dict}
+    kind = wanted.get(detail["type"])
+    return kind is not None and isinstance(detail["input"], dict) != (kind is dict)
 
 
 def _place(detail: Any, raw: Any) -> Keys:
@@ -316,7 +310,7 @@ def _place(detail: Any, raw: Any) -> Keys:
         ):
             node = node[part]
             keys.append(part)
-        elif detail["type"] == "missing" and i == len(detail["loc"]) - 1:
+        elif detail["type"] in ("missing", options.MISTAKE) and i == len(detail["loc"]) - 1:
             keys.append(part)
     return tuple(keys)
 
@@ -332,25 +326,68 @@ def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
     if "missing" in kinds:
         flag = {"data": "; give --data", "model": "; give --model or --student"}.get(_dotted(keys), "")
         return f"is missing{note}{flag}"
+    if options.MISTAKE in kinds:  # a whole sentence, of a key that may not be there
+        return "; ".join(detail["ctx"]["message"] for detail in group if detail["type"] == options.MISTAKE)
     given = _value_at(keys, raw)
-    for kind, context in (("union_tag_invalid", "expected_tags"), ("literal_error", "expected")):
-        if kind in kinds and len(kinds) == 1:
-            known = [word.strip(" '") for word in str(kinds[kind]["ctx"][context]).replace(" or ", ", ").split(",")]
-            word = kinds[kind]["ctx"].get("tag", given)
-            return f"no '{word}' here; {nearest(str(word), known)}{note}"
+    if "union_tag_invalid" in kinds and len(kinds) == 1:
+        return _no_such_word(kinds["union_tag_invalid"]["ctx"]["tag"], _tags(section, keys)) + note
+    if set(kinds) == {"literal_error"} and described is not None:
+        return _no_such_word(str(given), [str(word) for word in _words_of(described.annotation)]) + note
     if "union_tag_not_found" in kinds:
         return f"needs a key 'type', got {given!r}"
-    message = " or ".join(dict.fromkeys(_in_words_of_yaml(detail["msg"]) for detail in group))
-    if set(kinds) == {"value_error"}:  # of several keys together, which it names
-        return message.removeprefix("value error, ")
+    message = " or ".join(dict.fromkeys(_in_words(detail) for detail in group))
     return f"{message}, got {given!r}{note}"
 
 
-def _in_words_of_yaml(message: str) -> str:
-    message = message[:1].lower() + message[1:].removesuffix(".")
-    message = message.replace("valid dictionary or object to extract fields from", "mapping, as {type: NAME}")
-    message = re.sub("valid dictionary or instance of .*", "mapping", message)
-    return message.replace("tuple", "list").replace(" after validation", "")
+def _no_such_word(word: str, known: list[str]) -> str:
+    return f"no '{word}' here; {nearest(word, known)}"
+
+
+def _tags(section: type[BaseModel] | None, keys: Keys) -> list[str]:
+    """Every ``type`` that may stand in a place."""
+    name = next(key for key in reversed(keys) if isinstance(key, str))
+    section = section if section is not None and name in section.model_fields else Recipe
+    return [str(tag) for option in _sections_in(section.model_fields[name].annotation) for tag in _literals(option)]
+
+
+def _words_of(annotation: Any) -> list[Any]:
+    return [word for argument in (annotation, *get_args(annotation)) for word in _literal_values(argument)]
+
+
+def _literal_values(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+# What is wrong, by pydantic's type of error, with the limits that it names.
+_WORDS = {
+    "int_type": "input should be a valid integer",
+    "int_from_float": "input should be a valid integer",
+    "float_type": "input should be a valid number",
+    "bool_type": "input should be true or false",
+    "string_type": "input should be a word",
+    "tuple_type": "input should be a list",
+    "finite_number": "input should be a finite number",
+    "model_type": "input should be a mapping",
+    "model_attributes_type": "input should be a mapping, as {{type: NAME}}",
+    "literal_error": "input should be {expected}",
+    "greater_than": "input should be greater than {gt}",
+    "greater_than_equal": "input should be greater than or equal to {ge}",
+    "less_than": "input should be less than {lt}",
+    "less_than_equal": "input should be less than or equal to {le}",
+    "too_short": "list should have at least {min_length} items, not {actual_length}",
+    "string_too_short": "input should not be empty",
+}
+
+
+def _in_words(detail: Any) -> str:
+    sentence = _WORDS.get(detail["type"])
+    if sentence is None:
+        return str(detail["msg"])
+    return sentence.format(**{name: _number(value) for name, value in detail.get("ctx", {}).items()})
+
+
+def _number(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _value_at(keys: Keys, raw: Any) -> Any:
@@ -391,57 +428,3 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _dotted(keys: Keys) -> str:
     return ".".join(map(str, keys)) or "the recipe"
-
-
-def _check_whole(recipe: Recipe, mistakes: _Mistakes) -> None:
-    """What no single key can tell."""
-
-    def wrong(keys: Keys, message: str) -> None:
-        mistakes.add(mistakes.origin(keys), f"{_dotted(keys)}: {message}")
-
-    engine = recipe.engine
-    if not recipe.loss:
-        wrong(("loss",), "needs at least one term")
-    elif all(term.weight == 0 for term in recipe.loss):
-        wrong(("loss",), "no term has a weight above 0")
-    elif all(term.layer_names for term in recipe.loss):
-        wrong(("loss",), "no term looks at the logits, so the classifier would not learn; add cross-entropy or kd")
-    if recipe.needs_teacher and recipe.teacher is None:
-        term = next(term for term in recipe.loss if term.needs_teacher)
-        wrong(("teacher",), f"is missing, and the term {term.type} needs one; give --teacher")
-    several = isinstance(recipe.teacher, EnsembleTeacher)
-    for teacher in single_teachers(recipe.teacher):
-        # About noise nobody knows anything, and its recipes are there to measure time.
-        if (
-            isinstance(teacher, models.ModelSpec)
-            and not (teacher.weights or getattr(teacher, "pretrained", False))
-            and recipe.data.type != "noise"
-        ):
-            place = f"{{type: {teacher.label}, weights: FILE}} in the list" if several else "teacher.weights=FILE"
-            wrong(("teacher",), f"{teacher.label} has fresh weights; give {place}, or name a run directory")
-    if several and any(term.layer_names for term in recipe.loss):
-        wrong(("teacher",), "is several networks, and features are compared with one; use --loss cakd-logits")
-    if recipe.optimizer.type == "sgd" and recipe.optimizer.nesterov and not recipe.optimizer.momentum:
-        wrong(("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false")
-    if engine.batch_size % engine.gradient_accumulation:
-        wrong(
-            ("engine", "gradient_accumulation"),
-            f"must divide the batch size {engine.batch_size}, got {engine.gradient_accumulation}",
-        )
-    if recipe.schedule.warmup_epochs > engine.epochs:
-        wrong(
-            ("schedule", "warmup_epochs"),
-            f"is {recipe.schedule.warmup_epochs:g}, longer than the run of {engine.epochs} epochs; "
-            "set schedule.warmup_epochs=0",
-        )
-    for i, term in enumerate(recipe.loss):
-        if term.warmup_epochs != "auto" and term.warmup_epochs > engine.epochs:
-            wrong(
-                ("loss", i, "warmup_epochs"),
-                f"is {term.warmup_epochs:g}, longer than the run of {engine.epochs} epochs; auto is a twelfth of it",
-            )
-
-
-def _settle(recipe: Recipe) -> Recipe:
-    """Replace every ``auto`` that the recipe itself decides."""
-    return recipe.model_copy(update={"loss": tuple(term.settled(recipe.engine.epochs) for term in recipe.loss)})

@@ -1,60 +1,24 @@
 """What a run is: one typed, frozen recipe for train-teacher and distill alike."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cakd_cli.data import DataOptions
 from cakd_cli.losses import LossOptions
 from cakd_cli.models import ModelOptions, ModelSpec
+from cakd_cli.options import Options, mistakes
+from cakd_cli.teachers import EnsembleTeacher, TeacherOptions, single_teachers
+
+Keys = tuple[str | int, ...]
 
 
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, and nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+class _OptimizerOptions(Options):
+    decay_norms: bool = Field(True, description="whether weight decay acts on the weights of norms and on biases")
 
 
-class RunTeacher(Section):
-    """A teacher trained by cakd, or any folder with model.safetensors and config.json."""
-
-    type: Literal["run"] = "run"
-    path: str = Field(description="run directory or exported folder")
-
-
-OneTeacher = Annotated[RunTeacher | ModelOptions, Field(discriminator="type")]
-
-
-class EnsembleTeacher(Section):
-    """Several teachers that answer as one; a list of teachers is short for it."""
-
-    type: Literal["ensemble"] = "ensemble"
-    members: tuple[OneTeacher, ...] = Field(strict=False, min_length=2, description="teachers, as one would be given")
-    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), strict=False, description="of the members in their order; none = all the same"
-    )
-    combine: Literal["probabilities", "logits", "confidence"] = Field(
-        "probabilities", description="what is averaged; confidence trusts whoever is sure of a sample"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.weights and len(self.weights) != len(self.members):
-            raise ValueError(f"there are {len(self.members)} members and {len(self.weights)} weights")
-        return self
-
-
-TeacherOptions = Annotated[RunTeacher | ModelOptions | EnsembleTeacher, Field(discriminator="type")]
-
-
-def single_teachers(teacher: "RunTeacher | ModelSpec | EnsembleTeacher | None") -> "list[RunTeacher | ModelSpec]":
-    """List the teachers of a recipe one by one."""
-    if teacher is None:
-        return []
-    return list(teacher.members) if isinstance(teacher, EnsembleTeacher) else [teacher]
-
-
-class SGDOptions(Section):
+class SGDOptions(_OptimizerOptions):
     """Stochastic gradient descent with momentum."""
 
     type: Literal["sgd"] = "sgd"
@@ -64,7 +28,7 @@ class SGDOptions(Section):
     weight_decay: float = Field(5e-4, ge=0, le=1, description="L2 penalty, added to the gradient")
 
 
-class AdamWOptions(Section):
+class AdamWOptions(_OptimizerOptions):
     """Adam with decoupled weight decay."""
 
     type: Literal["adamw"] = "adamw"
@@ -74,7 +38,7 @@ class AdamWOptions(Section):
     weight_decay: float = Field(0.05, ge=0, le=1, description="decoupled, times the learning rate")
 
 
-class _Schedule(Section):
+class _Schedule(Options):
     warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the rate grows linearly from 0")
 
 
@@ -105,7 +69,7 @@ class ConstantSchedule(_Schedule):
     type: Literal["constant"] = "constant"
 
 
-class EngineOptions(Section):
+class EngineOptions(Options):
     """How the run runs."""
 
     epochs: int = Field(30, ge=1, le=100_000, description="passes over the training split")
@@ -124,8 +88,11 @@ class EngineOptions(Section):
     teacher_memory: Literal["auto", "off", "ram", "disk"] = Field(
         "auto", description="where the teacher's answers are kept; disk is shared by all runs under $CAKD_HOME"
     )
+    teacher_memory_features: Literal["auto"] | bool = Field(
+        "auto", description="whether the classifier's input is kept beside the logits, for students of features to come"
+    )
     teacher_memory_precision: Literal["auto", "fp16", "fp32"] = Field(
-        "auto", description="of the kept answers; auto loses nothing: fp16 where the teacher computes in bf16"
+        "auto", description="of the kept answers; auto loses nothing: fp16 where all of them are bf16 values"
     )
     teacher_memory_gb: float = Field(
         8.0, gt=0, le=1e6, description="most room for all answers, in 10^9 bytes; over it the teacher is asked live"
@@ -139,7 +106,7 @@ class EngineOptions(Section):
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints")
 
 
-class Recipe(Section):
+class Recipe(Options):
     """Everything that decides the result of a run."""
 
     data: DataOptions = Field(description="what to look at")
@@ -155,5 +122,63 @@ class Recipe(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term of the loss compares with a teacher."""
-        return any(term.needs_teacher for term in self.loss)
+        """Whether any term of the loss looks at a teacher."""
+        return any(term.needs.teacher for term in self.loss)
+
+    @model_validator(mode="after")
+    def _check_keys_together(self) -> Self:
+        wrong = [*self._wrong_loss(), *self._wrong_teacher(), *self._wrong_engine()]
+        if wrong:
+            raise mistakes(wrong, self)
+        return self
+
+    def _wrong_loss(self) -> Iterator[tuple[Keys, str]]:
+        if not self.loss:
+            yield ("loss",), "needs at least one term"
+        elif all(term.weight == 0 for term in self.loss):
+            yield ("loss",), "no term has a weight above 0"
+        elif all(term.needs.student_layers for term in self.loss):
+            yield (
+                ("loss",),
+                "no term looks at the logits, so the classifier would not learn; add cross-entropy or kd",
+            )
+        for i, term in enumerate(self.loss):
+            if term.warmup_epochs != "auto" and term.warmup_epochs > self.engine.epochs:
+                yield (
+                    ("loss", i, "warmup_epochs"),
+                    f"is {term.warmup_epochs:g}, longer than the run of {self.engine.epochs} epochs; "
+                    "auto is a twelfth of it",
+                )
+
+    def _wrong_teacher(self) -> Iterator[tuple[Keys, str]]:
+        if self.needs_teacher and self.teacher is None:
+            term = next(term for term in self.loss if term.needs.teacher)
+            yield ("teacher",), f"is missing, and the term {term.type} needs one; give --teacher"
+        several = isinstance(self.teacher, EnsembleTeacher)
+        for teacher in single_teachers(self.teacher):
+            if not isinstance(teacher, ModelSpec) or self.data.is_noise:
+                continue
+            if not (teacher.weights or getattr(teacher, "pretrained", False)):
+                place = f"{{type: {teacher.label}, weights: FILE}} in the list" if several else "teacher.weights=FILE"
+                yield ("teacher",), f"{teacher.label} has fresh weights; give {place}, or name a run directory"
+        if several and any(term.needs.teacher_layers for term in self.loss):
+            yield (
+                ("teacher",),
+                "is several networks, and features are compared with one; use --loss cakd-logits",
+            )
+
+    def _wrong_engine(self) -> Iterator[tuple[Keys, str]]:
+        engine = self.engine
+        if isinstance(self.optimizer, SGDOptions) and self.optimizer.nesterov and not self.optimizer.momentum:
+            yield ("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false"
+        if engine.batch_size % engine.gradient_accumulation:
+            yield (
+                ("engine", "gradient_accumulation"),
+                f"must divide the batch size {engine.batch_size}, got {engine.gradient_accumulation}",
+            )
+        if self.schedule.warmup_epochs > engine.epochs:
+            yield (
+                ("schedule", "warmup_epochs"),
+                f"is {self.schedule.warmup_epochs:g}, longer than the run of {engine.epochs} epochs; "
+                "set schedule.warmup_epochs=0",
+            )

@@ -131,7 +131,7 @@ def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
     data, student, teacher = plan["data"], plan["student"], plan["teacher"]
     lines = {
         "data": f"{data['name']}: {data['train']:,} train, {data['validation']:,} held out, {data['test']:,} test, "
-        f"{data['classes']} classes, {' x '.join(map(str, data['image']))}",
+        f"{data['classes']} classes, {' x '.join(map(str, data['image']))}{_reason(plan, 'data.image_size')}",
         "student": _network(student),
         "teacher": _network(teacher) if teacher else "none",
         "loss": " + ".join(_term(term) for term in plan["loss"]),
@@ -140,17 +140,24 @@ def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
         "device": f"{plan['device']}{_reason(plan, 'engine.device')}",
         "precision": f"{plan['precision']}{_reason(plan, 'engine.precision')}",
         "answers": f"{plan['teacher_memory']}{_reason(plan, 'engine.teacher_memory')}",
+        "download": "; ".join(plan["to_fetch"]),
         "out": plan["out"],
     }
     if not teacher:
         del lines["answers"]
     for key, value in lines.items():
-        stdout.print(f"{key:<10}{value}", markup=False)
+        if value:
+            stdout.print(f"{key:<10}{value}", markup=False)
+    for line in plan["warnings"]:
+        stdout.print(f"warning: {line}", style="yellow", markup=False)
 
 
 def _network(size: Mapping[str, Any]) -> str:
     flops = count(size["flops_per_image"])
-    return f"{size['name']}: {size['parameters']:,} parameters, {flops}FLOP an image (2 per multiply-add)"
+    return (
+        f"{size['name']}, {size['starts_from']}: {size['parameters']:,} parameters, {flops}FLOP an image "
+        "(2 per multiply-add)"
+    )
 
 
 def _reason(plan: Mapping[str, Any], key: str) -> str:

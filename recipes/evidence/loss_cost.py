@@ -15,19 +15,18 @@ from collections.abc import Callable
 import torch
 
 from cakd_cli import losses
-from cakd_cli.engine import hardware
-from cakd_cli.engine.emphasis import Weights
+from cakd_cli.losses import Lesson, Look, Shapes, Weights
+from cakd_cli.machine.hardware import choose_hardware
 from cakd_cli.recipe.resolve import resolve
-from cakd_cli.recipe.schema import EngineOptions
 
 BATCH, CLASSES, ROUNDS = 64, 100, 50
-# Of both networks' classifiers.
-WIDTH = 256
+# Of both networks' last layers: the input of the classifier, and the map of the second stage.
+SHAPES = {"vector": (256,), "importance": (256,), "map": (128, 16, 16)}
 
 
 def main() -> None:
     """Print one row a term."""
-    machine = hardware.choose(EngineOptions())
+    machine = choose_hardware()
     sizes = {"in_channels": 3, "num_classes": CLASSES}
     recipe = resolve(["bench/resnet32x4-resnet8x4"], {})
     assert recipe.teacher is not None
@@ -44,20 +43,23 @@ def main() -> None:
             answers = student(images)
         answers.float().square().mean().backward()
 
-    def cost(term: losses.LossTerm) -> Callable[[], None]:
+    def layers(looks: tuple[Look, ...]) -> dict[Look, torch.Tensor]:
+        return {look: torch.randn(BATCH, *SHAPES[look.form], device=machine.device) for look in looks}
+
+    def cost(term: losses.Term) -> Callable[[], None]:
         ours = logits[0].clone().requires_grad_()
-        sizes = [WIDTH] * len(term.layer_names)
-        mine, theirs = torch.randn(2, BATCH, WIDTH, device=machine.device)
-        learner = term.learner(sizes, sizes, torch.randn(CLASSES, WIDTH))
-        if learner is not None:
-            learner.to(machine.device)
-        lesson = losses.Lesson(ours, logits[1], target, (mine.requires_grad_(),), (theirs,))
-        return lambda: term.learn(lesson, learner).total.backward()
+        mine, theirs = layers(term.needs.student_layers), layers(term.needs.teacher_layers)
+        shapes = ({look: SHAPES[look.form] for look in side} for side in (mine, theirs))
+        module = term.module(Shapes(*shapes, torch.randn(CLASSES, *SHAPES["vector"])))
+        if module is not None:
+            module.to(machine.device)
+        lesson = Lesson(ours, logits[1], target, {look: x.requires_grad_() for look, x in mine.items()}, theirs)
+        return lambda: term(lesson, module).total.backward()
 
     ways: dict[str, Callable[[], None]] = {"step": step}
     for term in losses.TERMS:
-        settled = term().settled(1)  # type: ignore[call-arg]
-        ways[settled.type] = cost(Weights([settled]).at(1)[0])
+        of_run = term().over(1)  # type: ignore[call-arg]
+        ways[of_run.type] = cost(Weights([of_run]).at(1)[0])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 3):
         for name, run in ways.items():
@@ -67,9 +69,7 @@ def main() -> None:
             machine.wait()
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
-    sys.stdout.write(
-        f"{hardware.describe(machine.device)}, {machine.precision}, torch {torch.__version__}, n {ROUNDS}\n"
-    )
+    sys.stdout.write(f"{machine.name}, {machine.precision}, torch {torch.__version__}, n {ROUNDS}\n")
     sys.stdout.write(f"step: {1000 * medians['step']:.1f} ms\n\n| loss | ms | share of a step |\n|---|---|---|\n")
     for name, value in list(medians.items())[1:]:
         sys.stdout.write(f"| {name} | {1000 * value:.2f} | {value / medians['step']:.2%} |\n")

@@ -8,9 +8,11 @@ from PIL import Image
 
 from cakd_cli.bench import measure as module
 from cakd_cli.bench.plain import PlainLoop
-from cakd_cli.engine import training
-from cakd_cli.engine.teacher_forms import Form
+from cakd_cli.engine.build import read_inputs
+from cakd_cli.engine.choices import decide
+from cakd_cli.losses import Lesson
 from cakd_cli.recipe.resolve import resolve
+from cakd_cli.teachers.forms import Form
 
 WORDS = (
     "data={type: noise, image_size: 8, classes: 4, images: 64, validation_fraction: 0}",
@@ -54,8 +56,8 @@ def test_rates_ratios_and_shares(cakd, quick):
 
 def test_the_memory_is_warm_when_the_rounds_begin(cakd, quick, monkeypatch):
     asked, runs = [], {}
-    ask, rounds = Form.__call__, module._rounds
-    monkeypatch.setattr(Form, "__call__", lambda self, images: (asked.append(0), ask(self, images))[1])
+    ask, rounds = Form.answer, module._rounds
+    monkeypatch.setattr(Form, "answer", lambda self, images: (asked.append(0), ask(self, images))[1])
 
     def counted(name, way):
         def run(steps):
@@ -80,17 +82,17 @@ def test_the_plain_loop_learns_what_the_engine_learns():
     """One step from the same weights, float32, without augmentation: the same weights."""
     words = [*WORDS, "loss=kd", "data.crop_padding=0", "data.horizontal_flip=false", "engine.precision=fp32"]
     recipe = resolve([*words, "optimizer.learning_rate=0.1", "optimizer.nesterov=false", "data.images=16"], {})
-    prepared = training.prepare(recipe)
-    student, teacher = copy.deepcopy(prepared.student), prepared.teacher.model
+    inputs = read_inputs(recipe)
+    student, teacher = copy.deepcopy(inputs.student), inputs.teacher.model
     expected = copy.deepcopy(student)
-    PlainLoop(recipe, prepared.data, student, teacher, torch.device("cpu")).run(1)
+    PlainLoop(recipe, inputs.data, student, teacher, torch.device("cpu")).run(1)
 
-    batch = next(prepared.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=torch.device("cpu")))
+    batch = next(inputs.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=torch.device("cpu")))
     optimizer = torch.optim.SGD(expected.train().parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    mean, std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (prepared.data.mean, prepared.data.std))
+    mean, std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (inputs.data.mean, inputs.data.std))
     x = (batch.images.float() / 255 - mean) / std
-    answers = expected(x), teacher(x).detach(), batch.labels
-    sum(term.weight * term(*answers).total for term in recipe.loss).backward()
+    lesson = Lesson(expected(x), teacher(x).detach(), batch.labels)
+    sum(term.weight * term(lesson).total for term in recipe.loss).backward()
     optimizer.step()
     for one, other in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
@@ -98,8 +100,8 @@ def test_the_plain_loop_learns_what_the_engine_learns():
 
 def test_peak_memory_is_that_of_a_process_of_its_own():
     recipe = resolve([*WORDS, "loss=kd"], {})
-    prepared = training.prepare(recipe)
-    recipe = prepared.settled(teacher_form="plain", teacher_memory="off").recipe
+    inputs = read_inputs(recipe)
+    recipe = decide(inputs).recipe
 
     for way in ("plain", "live", "memory_warm"):
         assert 10**8 < module._peak_in_its_own_process(recipe, way)["resident"] < 10**10
@@ -138,3 +140,12 @@ def test_the_plain_loop_knows_no_features(cakd):
     assert result.code == 3
     assert "the plain loop compares logits alone" in result.err
     assert "loss=cakd-logits" in result.err
+
+
+@pytest.mark.parametrize("loss", ["ctkd", "dkd", "[{type: kd, weight: {type: linear, start: 1, end: 0}}]"])
+def test_the_plain_loop_knows_every_loss_of_logits(cakd, quick, loss):
+    """Warm-up, scheduled weights and a learnt temperature among them."""
+    result = cakd("bench", *WORDS, f"loss={loss}", "--against", "plain", "--json")
+
+    assert result.code == 0, result.err
+    assert result.document["ratio"]["live"] > 0

@@ -2,7 +2,7 @@
 
 import torch
 
-from cakd_cli.data.augmentation import draw_views, epoch_key, num_views, sample_seed, take_views
+from cakd_cli.data.images.augmentation import draw_views, epoch_key, num_views, sample_seed, take_views
 
 
 def test_every_view_is_the_crop_and_flip_that_its_number_says():

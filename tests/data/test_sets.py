@@ -44,7 +44,7 @@ def test_digits_say_where_they_are_from():
 
     import cakd_cli.data
 
-    file = Path(cakd_cli.data.__file__).parent / "assets" / "digits.safetensors"
+    file = Path(cakd_cli.data.__file__).parent / "images" / "assets" / "digits.safetensors"
     with safe_open(file, "pt") as content:
         assert "CC BY 4.0" in content.metadata()["licence"]
         assert "UCI" in content.metadata()["source"]
@@ -354,7 +354,7 @@ def test_decoded_images_are_decoded_once(folder, monkeypatch, workers):
     options = {"decoded_gb": 0.01, "validation_fraction": 0.25}
     data = load(type="folder", path=str(folder), image_size=24, workers=workers, **options)
     first = [epoch_of(data, number) for number in range(2)]
-    monkeypatch.setattr("cakd_cli.data.folder._decode", lambda path: pytest.fail("decoded again"))
+    monkeypatch.setattr("cakd_cli.data.images.folder._decode", lambda path: pytest.fail("decoded again"))
     again = folder_data(folder, **options)
     second = [epoch_of(again, number) for number in range(2)]
 
@@ -364,7 +364,10 @@ def test_decoded_images_are_decoded_once(folder, monkeypatch, workers):
 
 def test_decoded_images_are_shrunk_to_what_crops_need(folder, home):
     noisy(folder)
-    folder_data(folder, decoded_gb=0.01)
+    data = folder_data(folder, decoded_gb=0.01)
+    # Nothing is written before the first image is asked for.
+    assert not home.exists()
+    epoch_of(data)
     (kept,) = (home / "decoded").iterdir()
 
     # 24 pixels of a crop of a quarter of the area: 48 on the shorter side of 70 x 90.
@@ -399,6 +402,7 @@ def test_a_decoded_cache_that_does_not_fit_is_refused(folder, home, monkeypatch)
         folder_data(folder, decoded_gb=0.01)
     monkeypatch.undo()
     monkeypatch.setenv("CAKD_HOME", str(home))
+    epoch_of(folder_data(folder, decoded_gb=0.01))
     (kept,) = (home / "decoded").iterdir()
     os.truncate(kept / "pixels.bin", 10)
     with pytest.raises(InputError, match="are damaged"):

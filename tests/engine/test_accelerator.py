@@ -57,12 +57,13 @@ def test_asking_the_teacher_does_not_wait_either(make_trainer, where):
 def test_what_is_kept_is_what_the_teacher_says(make_trainer):
     trainer = make_trainer("engine.device=cuda", "engine.teacher_memory=ram", "data.crop_padding=1")
     trainer.fit()
-    answers = trainer.answers
+    answers = trainer.source
     batches = trainer.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=trainer.hardware.device)
     for batch in batches:
         kept, known = answers.memory.recall(batch.views)
         assert known.all()
-        torch.testing.assert_close(kept, answers._ask(batch.images).cpu(), rtol=1e-3, atol=1e-3)
+        said = answers.memory.pack(answers._teacher.answer(batch.images))
+        torch.testing.assert_close(kept, said.cpu(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -74,7 +75,7 @@ def test_a_compiled_run_learns_the_same(make_trainer, parts):
         words = ("engine.device=cuda", "engine.teacher_memory=off", form, f"engine.gradient_accumulation={parts}")
         trainer = make_trainer(*words)
         if compiled:
-            trainer.task.compile(parts)
+            trainer.task.compile_student(parts)
         losses.append(trainer.train_epoch()["train"]["loss"])
 
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

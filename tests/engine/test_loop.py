@@ -8,23 +8,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cakd_cli.engine import teaching, training
-from cakd_cli.engine.emphasis import Weights
+from cakd_cli.engine.build import Job, make_source, make_task, read_inputs
+from cakd_cli.engine.choices import decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.optimizer import make_optimizer
+from cakd_cli.engine.progress import Silent
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import DivergedError
-from cakd_cli.losses import CrossEntropyTerm
+from cakd_cli.losses import CrossEntropyTerm, Weights
+from cakd_cli.models.layers import LOGITS
 from cakd_cli.recipe.resolve import resolve
-
-
-class Silent:
-    def note(self, text): ...
-    def start(self, **settings): ...
-    def step(self, **figures): ...
-    def epoch(self, line): ...
-    def end(self): ...
 
 
 @pytest.fixture
@@ -41,15 +35,13 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
             "engine.batch_size": 16,
         }
         words = ("engine.precision=fp32", "engine.device=cpu", *words)
-        recipe = resolve(list(words), defaults | flags)
-        prepared = training.prepare(recipe)
-        asked = (prepared.teacher, prepared.data, prepared.hardware)
-        given, *_ = teaching.open_answers(prepared.recipe, *asked, Silent().note)
+        choices = decide(read_inputs(resolve(list(words), defaults | flags)))
+        inputs, recipe = choices.inputs, choices.recipe
+        source, task = make_source(inputs, recipe, Silent().note), make_task(inputs, recipe)
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
-        trainer = Trainer(prepared.task, given, prepared.data, prepared.recipe, run, Silent(), StopRequest())
-        trainer.teacher = prepared.teacher
-        return trainer
+        job = Job(recipe, inputs.hardware, inputs.data, task, inputs.teacher, source)
+        return Trainer(job, run, Silent(), StopRequest())
 
     yield make
     for run in opened:
@@ -64,13 +56,13 @@ def test_the_loop_is_a_plain_pytorch_loop(make_trainer):
     trainer.fit()
 
     other = make_trainer(*words)
-    student, teacher, data = other.task.student, other.teacher.model, other.data
+    student, teacher, data = other.task.student, other.job.teacher.model, other.data
     mean, std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (data.mean, data.std))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=18)
     student.train()
     for epoch in range(2):
-        for images, labels, _ in data.train.train_batches(
+        for images, labels, *_ in data.train.train_batches(
             batch_size=16, seed=0, epoch=epoch, start=0, device=torch.device("cpu")
         ):
             x = (images.float() / 255 - mean) / std
@@ -109,7 +101,7 @@ def test_no_step_waits_for_the_device(make_trainer, monkeypatch, words):
     def counted(name, original):
         def call(tensor, *arguments):
             # The names of views, and which are known, never leave the host.
-            if Path(sys._getframe(1).f_code.co_filename).name not in ("teacher_memory.py", "answers.py"):
+            if Path(sys._getframe(1).f_code.co_filename).parent.name != "teachers":
                 calls.append(name)
             else:
                 assert not tensor.is_floating_point()
@@ -136,8 +128,8 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(make_trainer):
         trainer = make_trainer(f"engine.gradient_accumulation={parts}")
         trainer.task.student.eval()
         trainer.task.student.train = lambda mode=True: None
-        parameters = trainer.parameters
-        trainer.optimizer.step = lambda p=parameters: gradients.append([x.grad.clone() for x in p])
+        parameters = list(trainer.optimizer.parameters.values())
+        trainer.optimizer.torch_optimizer.step = lambda p=parameters: gradients.append([x.grad.clone() for x in p])
         trainer.train_epoch()
 
     one, four = gradients[0], gradients[9]
@@ -148,19 +140,19 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(make_trainer):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_value_that_is_not_finite_never_reaches_the_weights(make_trainer, optimizer):
     trainer = make_trainer(f"optimizer={{type: {optimizer}}}", "engine.log_interval=100")
-    good, weights = trainer.task.loss, []
+    good, weights = trainer.task.forward, []
 
-    def bad(*batch):
-        weights.append([p.detach().clone() for p in trainer.parameters])
-        total, parts = good(*batch)
-        return (total * float("nan"), parts) if trainer.step == 4 else (total, parts)
+    def bad(*batch, **how):
+        weights.append([p.detach().clone() for p in list(trainer.optimizer.parameters.values())])
+        step = good(*batch, **how)
+        return step._replace(total=step.total * float("nan")) if trainer.step == 4 else step
 
-    trainer.task.loss = bad
+    trainer.task.forward = bad
     with pytest.raises(DivergedError, match=r"not finite at step 4 \(epoch 1\)"):
         trainer.fit()
 
     assert len(weights) == 9
-    for before, after in zip(weights[4], trainer.parameters, strict=True):
+    for before, after in zip(weights[4], list(trainer.optimizer.parameters.values()), strict=True):
         assert after.isfinite().all()
         assert torch.equal(before, after)
     assert not (trainer.run.path / "checkpoints").exists()
@@ -168,13 +160,13 @@ def test_a_value_that_is_not_finite_never_reaches_the_weights(make_trainer, opti
 
 def test_a_loss_that_is_finite_with_a_gradient_that_is_not_stops_too(make_trainer):
     trainer = make_trainer()
-    good = trainer.task.loss
+    good = trainer.task.forward
 
-    def bad(*batch):
-        total, parts = good(*batch)
-        return total + (trainer.parameters[0].sum() * 0).sqrt(), parts
+    def bad(*batch, **how):
+        step = good(*batch, **how)
+        return step._replace(total=step.total + (next(trainer.task.parameters()).sum() * 0).sqrt())
 
-    trainer.task.loss = bad
+    trainer.task.forward = bad
     with pytest.raises(DivergedError, match="step 0"):
         trainer.fit()
 
@@ -196,15 +188,15 @@ def test_training_too_fast_says_where_it_diverged(cakd, toy_file, tmp_path):
 def test_the_average_follows_the_weights(make_trainer):
     trainer = make_trainer("engine.ema_decay=0.5", **{"engine.epochs": 1})
     expected = None
-    original = trainer.optimizer.step
+    original = trainer.optimizer.torch_optimizer.step
 
     def step():
         nonlocal expected
         original()
-        now = [p.detach().clone() for p in trainer.parameters]
+        now = [p.detach().clone() for p in list(trainer.optimizer.parameters.values())]
         expected = now if expected is None else [0.5 * e + 0.5 * n for e, n in zip(expected, now, strict=True)]
 
-    trainer.optimizer.step = step
+    trainer.optimizer.torch_optimizer.step = step
     trainer.fit()
 
     for mean, parameter in zip(expected, trainer.network.parameters(), strict=True):
@@ -220,13 +212,13 @@ def test_the_average_has_the_counters_of_the_network(make_trainer):
 
 def test_held_out_answers_that_are_not_finite_stop_the_run(make_trainer):
     trainer = make_trainer()
-    original = trainer._validate
+    original = trainer.validate
 
     def poisoned():
         trainer.network.bn1.running_var.fill_(float("nan"))
         return original()
 
-    trainer._validate = poisoned
+    trainer.validate = poisoned
     with pytest.raises(DivergedError, match="held-out images are not finite after epoch 1"):
         trainer.fit()
 
@@ -237,11 +229,12 @@ def test_terms_are_weighted_summed_and_named(make_trainer):
     batch = next(trainer.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=torch.device("cpu")))
 
     teacher = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-    total, parts = trainer.task.loss(batch.images, batch.labels, teacher, 1)
+    total, parts, norms = trainer.task(batch, {LOGITS: teacher}, trainer.weights.at(1), 1, norms=True)
 
     assert list(parts) == ["loss", "top1", "cross_entropy", "kd", "kd_2"]
     expected = 0.5 * parts["cross_entropy"] + 2 * parts["kd"] + parts["kd_2"]
     torch.testing.assert_close(total.detach(), expected)
+    assert norms.shape == (3,)
 
 
 def test_warm_up_counts_epochs_from_one():
@@ -254,12 +247,12 @@ def test_warm_up_counts_epochs_from_one():
 
 def test_teacher_stays_in_eval_mode_and_is_never_trained(make_trainer):
     trainer = make_trainer()
-    before = {name: tensor.clone() for name, tensor in trainer.teacher.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.job.teacher.model.state_dict().items()}
     trainer.fit()
 
-    assert not trainer.teacher.model.training
-    assert not any(parameter.requires_grad for parameter in trainer.teacher.model.parameters())
-    for name, tensor in trainer.teacher.model.state_dict().items():
+    assert not trainer.job.teacher.model.training
+    assert not any(parameter.requires_grad for parameter in trainer.job.teacher.model.parameters())
+    for name, tensor in trainer.job.teacher.model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cakd_cli import files
-from cakd_cli.app import main
-from cakd_cli.engine import answers, loop
+from cakd_cli.engine import loop
+from cakd_cli.process import main
+from cakd_cli.teachers import answers
 from tests.conftest import train_toy
 
 COMMAND = (
@@ -52,7 +53,7 @@ def assert_same_run(left: Path, right: Path):
         assert torch.equal(tensor, load_file(right / "model.safetensors")[name]), name
     for one, other in zip(lines(left), lines(right), strict=True):
         assert one["train"] == other["train"]
-        assert one.get("pull") == other.get("pull")
+        assert one.get("gradient_norm") == other.get("gradient_norm")
         assert one["validation"] == other["validation"]
     metrics = [json.loads((path / "run.json").read_text())["metrics"] for path in (left, right)]
     assert metrics[0] == metrics[1]
@@ -70,16 +71,16 @@ class Killed(BaseException):
 def killed_after(steps):
     """Kill what trains inside after so many steps."""
     done = []
-    original = loop.Trainer._set_learning_rate
+    original = loop.Trainer.train_step
 
-    def dying(self):
+    def dying(self, batch, answers):
         if len(done) == steps:
             raise Killed
         done.append(self.step)
-        return original(self)
+        return original(self, batch, answers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_set_learning_rate", dying)
+        patch.setattr(loop.Trainer, "train_step", dying)
         with pytest.raises(Killed):
             yield
 
@@ -134,27 +135,6 @@ def test_killed_with_answers_half_known(cakd, words, tmp_path, monkeypatch, mome
     assert result.code == 0, result.err
     assert "resumed after" in result.err
     assert_same_run(straight, killed)
-
-
-def test_a_run_of_a_version_without_these_keys_goes_on_as_it_began(cakd, words, tmp_path, monkeypatch):
-    def dying(self):
-        raise Killed
-
-    original = loop.Trainer._validate
-    monkeypatch.setattr(loop.Trainer, "_validate", dying)
-    with pytest.raises(Killed):
-        cakd(*words, "--out", tmp_path / "run", "engine.teacher_memory=off")
-    monkeypatch.setattr(loop.Trainer, "_validate", original)
-    recipe = (tmp_path / "run" / "recipe.yaml").read_text().splitlines()
-    older = [line for line in recipe if "teacher_" not in line and "compile" not in line]
-    assert len(older) == len(recipe) - 5
-    (tmp_path / "run" / "recipe.yaml").write_text("\n".join(older) + "\n")
-    result = cakd(*words, "--out", tmp_path / "run", "--resume")
-
-    assert result.code == 0, result.err
-    now = (tmp_path / "run" / "recipe.yaml").read_text().replace("'", "").replace('"', "")
-    for line in ("compile: off", "teacher_form: plain", "teacher_memory: off"):
-        assert line in now
 
 
 class Disk:
@@ -238,7 +218,7 @@ def test_killed_while_another_run_is_replaced(cakd, words, straight, tmp_path, m
 def start(words, out, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "cakd_cli.app", *map(str, words), "--out", str(out)],
+        [sys.executable, "-m", "cakd_cli", *map(str, words), "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -372,7 +352,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(cakd, words, tmp_pat
 
 def kill_before_validation(call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_validate", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(loop.Trainer, "validate", lambda self: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             call()
 
@@ -396,7 +376,7 @@ def test_every_ending_is_noted(cakd, words, tmp_path, monkeypatch):
         (OSError(28, "No space left on device"), 4, "failed"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ):
-        monkeypatch.setattr(loop.Trainer, "_validate", lambda self, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(loop.Trainer, "validate", lambda self, error=error: (_ for _ in ()).throw(error))
         out = tmp_path / ended
         assert cakd(*words, "--out", out).code == code
         assert json.loads((out / "run.json").read_text())["ended"] == ended
@@ -421,16 +401,16 @@ def test_a_signal_to_the_whole_group_saves_with_workers_too(tmp_path):
 
 
 def test_a_signal_at_the_end_of_an_epoch_saves(cakd, words, straight, tmp_path, monkeypatch):
-    original = loop.Trainer._validate
+    original = loop.Trainer.validate
 
     def signalled(self):
         os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(loop.Trainer, "_validate", signalled)
+    monkeypatch.setattr(loop.Trainer, "validate", signalled)
     result = cakd(*words, "--out", tmp_path / "run")
     assert (result.code, "after epoch 1, step 0; checkpoint saved" in result.err) == (75, True), result.err
-    monkeypatch.setattr(loop.Trainer, "_validate", original)
+    monkeypatch.setattr(loop.Trainer, "validate", original)
 
     assert cakd(*words, "--out", tmp_path / "run", "--resume").code == 0
     assert_same_run(straight[0], tmp_path / "run")

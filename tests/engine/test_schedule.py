@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cakd_cli.engine.schedule import learning_rate
+from cakd_cli.engine.optimizer import learning_rate
 from cakd_cli.recipe.schema import ConstantSchedule, CosineSchedule, StepSchedule
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from cakd_cli.engine.hardware import Hardware
 from cakd_cli.evaluation import cost, metrics
 from cakd_cli.losses import kd
+from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import ResNetSpec
 
 

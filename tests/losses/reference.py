@@ -1,6 +1,7 @@
 """The official vectors: inputs, values and gradients."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,16 @@ def assert_gradient(name: str, total: torch.Tensor, student: torch.Tensor, *, re
 
 def _tolerance(student: torch.Tensor) -> float:
     return 1e-9 if student.dtype == torch.float64 else 1e-5
+
+
+FEATURES: dict[str, Any] = json.loads((FOLDER / "feature_losses.json").read_text())
+FEATURE_TENSORS = load_file(FOLDER / "feature_losses.safetensors")
+
+
+def feature_cases(*methods: str) -> list[str]:
+    return [name for name, case in FEATURES["cases"].items() if case["method"] in methods]
+
+
+def feature_case(name: str) -> tuple[dict[str, Any], Callable[[str], torch.Tensor]]:
+    """The case, and its tensors by name in float64."""
+    return FEATURES["cases"][name], lambda tensor: FEATURE_TENSORS[tensor].clone()

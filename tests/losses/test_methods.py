@@ -10,8 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cakd_cli import losses
-from cakd_cli.losses import grouping
-from cakd_cli.losses.base import Lesson, TeacherTerm
+from cakd_cli.losses import Lesson, LogitTerm, Look, Shapes, grouping
 
 W = {"w0": 1.0, "w1": 2.0, "w2": 8.0}
 # Every method on (student, teacher, labels), with settings of the literature.
@@ -112,14 +111,14 @@ def test_standardised_losses_do_not_see_the_size_of_logits(name):
     assert_close(scaled, METHODS[name](student, teacher, target).total, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("term", [term for term in losses.TERMS if issubclass(term, TeacherTerm)])
+@pytest.mark.parametrize("term", [term for term in losses.TERMS if issubclass(term, LogitTerm)])
 def test_the_switch_makes_any_term_blind_to_size(term):
     student, teacher, target = draw()
     switched = term(standardise=True, **({"reversal": 1.0} if term is losses.CTKDTerm else {}))
-    learner = switched.learner((), (), None)
+    module = switched.module(Shapes({}, {}))
 
-    plain = switched.learn(Lesson(student, teacher, target), learner).total
-    scaled = switched.learn(Lesson(5 * student - 1, 0.5 * teacher + 2, target), learner).total
+    plain = switched(Lesson(student, teacher, target), module).total
+    scaled = switched(Lesson(5 * student - 1, 0.5 * teacher + 2, target), module).total
 
     # A teacher's entropy, and what stands out in it, depend on the size: they are of z-scored logits too.
     assert_close(scaled, plain, rtol=1e-5, atol=1e-8)
@@ -202,6 +201,7 @@ TERMS = [term() for term in losses.TERMS if term is not losses.CTKDTerm] + [
     *(losses.CAKDTerm(grouping=name) for name in ("top-k", "top-mass", "threshold")),
     *(losses.CMKDTerm(difficulty=measure) for measure in ("entropy", "label", "confidence")),
     losses.MLKDTerm(reference_quirks=True),
+    losses.GDKDTerm(standardise="both"),
 ]
 
 
@@ -213,17 +213,20 @@ def test_no_term_waits_for_the_device(term, several_labels):
     student, teacher, target = draw(batch=8, classes=10)
     if several_labels:
         target = torch.nn.functional.one_hot(target, 10).bool() | (teacher > 3)
-    learner = term.learner([6], [7], torch.randn(10, 7).double())
-    features = (
-        (torch.randn(8, 6).double().requires_grad_(),),
-        (torch.randn(8, 7).double(),),
-        (torch.rand(8, 7).double(),),
+    sizes = {"map": ((6, 8, 8), (7, 4, 4)), "vector": ((6,), (7,)), "importance": ((6,), (7,))}
+    mine, theirs = (
+        {look: torch.randn(8, *sizes[look.form][i]).double() for look in looks}
+        for i, looks in enumerate(term.needs[1:])
     )
-    lesson = Lesson(student.requires_grad_(), teacher, target, *features)
-    learner = learner.double() if learner is not None else None
+    shapes = ({look: tuple(x.shape[1:]) for look, x in layers.items()} for layers in (mine, theirs))
+    module = term.module(Shapes(*shapes, torch.randn(10, 7).double()))
+    module = module.double() if module is not None else None
+    for layer in mine.values():
+        layer.requires_grad_()
+    lesson = Lesson(student.requires_grad_(), teacher, target, mine, theirs)
 
     with Waits() as waits:
-        term.learn(lesson, learner).total.backward()
+        term(lesson, module).total.backward()
 
     assert not waits.seen
 
@@ -556,3 +559,24 @@ def test_the_learnt_temperature_stays_in_its_range():
 def test_settings_that_mean_nothing_are_refused(call):
     with pytest.raises(ValueError, match="must"):
         call(*draw())
+
+
+def test_a_term_may_look_at_the_sample_and_the_epoch():
+    """Of memory banks and curricula: they come with every lesson."""
+    seen = []
+
+    class Looking(losses.KDTerm):
+        def __call__(self, lesson, module=None):
+            seen.append((lesson.sample_B, lesson.epoch))
+            return super().__call__(lesson, module)
+
+    student, teacher, target = draw()
+    Looking()(Lesson(student, teacher, target, sample_B=torch.arange(8), epoch=3))
+
+    assert seen[0][0].tolist() == list(range(8))
+    assert seen[0][1] == 3
+
+
+def test_a_look_is_a_key():
+    assert {Look("a"): 1}[Look("a", "vector")] == 1
+    assert Look("a") != Look("a", "map")

@@ -5,23 +5,28 @@ import torch
 from torch.testing import assert_close
 
 from cakd_cli import losses
-from cakd_cli.losses import grouping
+from cakd_cli.losses import Lesson, Shapes, grouping
 from tests.losses import reference
 
-# Functions whose parameters are the vectors' own, by the vectors' name; True where they take labels.
-PLAIN = {
-    "KD": (losses.kd, False),
-    "DKD": (losses.dkd, True),
-    "DKDMod": (losses.dkd_mod, True),
-    "GDKD": (losses.gdkd, False),
-    "GDKD3": (losses.gdkd3, False),
-    "GDKDAutoW": (losses.gdkd_auto_w, False),
-    "GDKDAutok": (losses.gdkd_auto_k, False),
-    "LS_GDKD": (losses.ls_gdkd, False),
+# The terms that a recipe runs, by the vectors' name, with settings that the name stands for.
+TERMS = {
+    "KD": (losses.KDTerm, {}),
+    "DKD": (losses.DKDTerm, {}),
+    "DKDMod": (losses.DKDTerm, {}),
+    "GDKD": (losses.GDKDTerm, {}),
+    "GDKD3": (losses.GDKD3Term, {}),
+    "GDKDAutoW": (losses.GDKDAutoWTerm, {}),
+    "GDKDAutok": (losses.GDKDAutoKTerm, {}),
+    "LS_GDKD": (losses.GDKDTerm, {"standardise": True}),
+    "LSKD_KD": (losses.KDTerm, {"standardise": True}),
+    "LSKD_DKD": (losses.DKDTerm, {"standardise": True}),
+    "DIST": (losses.DISTTerm, {}),
+    "NKD": (losses.NKDTerm, {}),
+}
+# Public functions that no recipe has as a term of its own; those of LSKD are compositions of the terms above.
+FUNCTIONS = {
     "LSKD_KD": (losses.lskd_kd, False),
     "LSKD_DKD": (losses.lskd_dkd, True),
-    "DIST": (losses.dist, False),
-    "NKD": (losses.nkd, True),
     "MLKD_instance_kd": (losses.mlkd_instance_kd, False),
     "MLKD_class_correlation": (losses.mlkd_class_correlation, False),
     "MLKD_batch_correlation": (losses.mlkd_batch_correlation, False),
@@ -40,17 +45,33 @@ OTHERS = {
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
-def call(method, student, teacher, target, params):
-    function, labelled = PLAIN[method]
-    return function(student, teacher, *([target] if labelled else []), **params)
+def term_of(method, params, **more):
+    """The term as a recipe would have it."""
+    kind, settings = TERMS[method]
+    params = dict(params)
+    norm_mode = params.pop("norm_mode", "global")
+    if norm_mode != "global":
+        settings = {"standardise": norm_mode}
+    return kind(**settings, **params, **more)
 
 
 @DTYPES
-@pytest.mark.parametrize("name", reference.cases(*PLAIN))
-def test_method(name, dtype):
+@pytest.mark.parametrize("name", reference.cases(*TERMS))
+def test_term(name, dtype):
     case, student, teacher, target = reference.inputs(name, dtype)
 
-    loss = call(case["method"], student, teacher, target, case["params"])
+    loss = term_of(case["method"], case["params"])(Lesson(student, teacher, target))
+
+    reference.assert_matches(case, loss.total, loss.parts, student)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", reference.cases(*FUNCTIONS))
+def test_function(name, dtype):
+    case, student, teacher, target = reference.inputs(name, dtype)
+    function, labelled = FUNCTIONS[case["method"]]
+
+    loss = function(student, teacher, *([target] if labelled else []), **case["params"])
 
     reference.assert_matches(case, loss.total, loss.parts, student)
 
@@ -61,9 +82,9 @@ def test_cakd(name, dtype):
     case, student, teacher, _ = reference.inputs(name, dtype)
     settings = {key: case["params"][key] for key in ("temperature", "alpha", "beta")}
 
-    loss = losses.cakd(
-        student, teacher, reference.mask(case), **settings, scale_by_mass=case["params"]["reading"] == "multiply"
-    )
+    multiply = case["params"]["reading"] == "multiply"
+
+    loss = losses.cakd(student, teacher, reference.mask(case), **settings, scale_by_mass=multiply)
 
     reference.assert_matches(case, loss.total, loss.parts, student)
 
@@ -74,10 +95,15 @@ def test_whole_objective(name, dtype):
     case, student, teacher, target = reference.inputs(name, dtype)
     params = dict(case["params"])
     ce_weight, kd_weight = params.pop("ce_weight"), params.pop("kd_weight", 1.0)
-    warmup = min(params.pop("epoch", 1) / params.pop("warmup_epochs", 1), 1)
+    epoch, warmup = params.pop("epoch", 1), params.pop("warmup_epochs", 0)
+    terms = [
+        losses.CrossEntropyTerm(weight=ce_weight),
+        term_of(STEPS[case["method"]], params, weight=kd_weight, warmup_epochs=float(warmup)),
+    ]
 
-    supervised = ce_weight * losses.cross_entropy(student, target).total
-    distilled = kd_weight * warmup * call(STEPS[case["method"]], student, teacher, target, params).total
+    supervised, distilled = (
+        term.factor * term(Lesson(student, teacher, target)).total for term in losses.Weights(terms).at(epoch)
+    )
 
     parts = {"loss_ce": supervised, "loss_kd": distilled}
     reference.assert_matches(case, supervised + distilled, parts, student)
@@ -88,9 +114,17 @@ def test_whole_objective(name, dtype):
 def test_mlkd_on_one_view(name, dtype):
     case, student, teacher, target = reference.inputs(name, dtype)
 
-    loss = losses.mlkd_single_view(student, teacher, target, **case["params"], reference_quirks=True)
+    params = dict(case["params"])
+    ce_weight, kd_weight = params.pop("ce_weight"), params.pop("kd_weight")
+    lesson = Lesson(student, teacher, target)
+    term = losses.MLKDTerm(**params, reference_quirks=True)
 
-    reference.assert_matches(case, loss.total, loss.parts, student)
+    supervised, levels = ce_weight * losses.CrossEntropyTerm()(lesson).total, term(lesson)
+
+    parts = {"loss_ce": supervised, "loss_kd": kd_weight * levels.total, **levels.parts}
+    reference.assert_matches(case, supervised + kd_weight * levels.total, parts, student)
+    whole = losses.mlkd_single_view(student, teacher, target, **case["params"], reference_quirks=True)
+    assert_close(whole.total, supervised + kd_weight * levels.total)
 
 
 @DTYPES
@@ -113,16 +147,25 @@ def test_mlkd_on_two_views(name, dtype):
 def test_ctkd(name, dtype):
     case, student, teacher, target = reference.inputs(name, dtype)
     params = dict(case["params"])
-    theta = torch.tensor(params.pop("theta"), dtype=dtype, requires_grad=True)
+    names = ("t_start", "t_end")
+    term = losses.CTKDTerm(
+        **{name: params[name] for name in names if name in params}, reversal=-params.get("reversal_lambda", -1.0)
+    )
+    module = term.module(Shapes({}, {})).to(dtype)
+    with torch.no_grad():
+        module.theta.fill_(params["theta"])
+    lesson = Lesson(student, teacher, target)
 
-    loss = losses.ctkd(student, teacher, target, theta=theta, **params)
-
-    (gradient,) = torch.autograd.grad(loss.total, theta, retain_graph=True)
+    supervised, distilled = losses.CrossEntropyTerm()(lesson), term(lesson, module)
+    total = params.get("ce_weight", 0.1) * supervised.total + params.get("kd_weight", 0.9) * distilled.total
+    parts = {**distilled.parts, "ce": supervised.total}
+    (gradient,) = torch.autograd.grad(total, module.theta, retain_graph=True)
+    assert_close(losses.ctkd(student, teacher, target, **params).total, total)
     # The small difference of two large terms: 2 T KL, and what softer answers take from it.
     limit = 1e-9 if dtype == torch.float64 else 1e-5
     assert_close(gradient.item(), case["grad_theta"], rtol=0, atol=limit)
     # At a temperature of 15.6 log probabilities near -4.6 differ by 0.1: float32 has a digit less for the difference.
-    reference.assert_matches(case, loss.total, loss.parts, student, relative=1e-9 if dtype == torch.float64 else 2e-5)
+    reference.assert_matches(case, total, parts, student, relative=1e-9 if dtype == torch.float64 else 2e-5)
 
 
 @DTYPES
@@ -181,5 +224,5 @@ def test_the_number_of_classes_that_stand_out():
 def test_no_vector_is_left_out():
     methods = {case["method"] for case in reference.CONTENT["cases"].values()}
 
-    assert methods == set(PLAIN) | set(STEPS) | OTHERS
+    assert methods == set(TERMS) | set(FUNCTIONS) | set(STEPS) | OTHERS
     assert len(reference.CONTENT["cases"]) == 85

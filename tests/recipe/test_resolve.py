@@ -164,7 +164,7 @@ seed: 3
         (["loss=3"], BASE, "loss: "),
         (["loss.0.weight=0"], BASE, "loss: no term has a weight above 0"),
         (["loss=[{type: cakd-features}]"], BASE | {"teacher": "t"}, "loss: no term looks at the logits"),
-        ([], BASE | {"loss": "kd", "teacher": "[a, b"}, "--teacher: teacher: "),
+        ([], BASE | {"loss": "kd", "teacher": ("a", "")}, "--teacher: teacher: is empty"),
         (["teacher=[a, [b, c]]", "loss=kd"], BASE, "a list of teachers cannot hold another list"),
         (["teacher=[a, 3]", "loss=kd"], BASE, "teacher.members.1: input should be a mapping"),
         (
@@ -188,7 +188,7 @@ seed: 3
             BASE,
             "loss.0.label_smoothing: input should be less than 1",
         ),
-        (["model.width=2"], BASE, "model.width: unknown key; choose from weights, type"),
+        (["model.width=2"], BASE, "model.width: unknown key; choose from type, weights"),
     ],
 )
 def test_one_mistake(words, flags, expected):

@@ -1,0 +1,1 @@
+"""Images: embedded, in memory and in folders, and how they are augmented."""

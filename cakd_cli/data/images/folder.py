@@ -1,0 +1,388 @@
+"""A folder of images with a folder a class: decoded and cropped in worker processes.
+
+Shape suffixes: B batch, N samples.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import math
+import os
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cakd_cli.data.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batch,
+    DataSpec,
+    ImageDataSet,
+    Split,
+    Views,
+    hold_out,
+    to_device,
+)
+from cakd_cli.data.images.augmentation import epoch_key, sample_seed
+from cakd_cli.data.images.decoded import DecodedImages, header_size
+from cakd_cli.errors import InputError
+
+# The draw with which a sample is asked for when it is not to be augmented.
+_NO_DRAW = -1
+# Of recorded views, whatever the run's seed.
+_RECORDED_SEED = 0
+# ImageNet's, and the largest that is chosen by itself.
+_USUAL_SIZE, _SIZE_STEP, _LEAST_SIZE = 224, 8, 8
+# Files whose headers tell how large images are.
+_LOOKED_AT = 256
+
+
+class _Images(Dataset[Any]):
+    """Decodes one file at a time; runs in the workers.
+
+    An unreadable file comes back as a sentence, because an exception would arrive with the worker's traceback.
+    """
+
+    def __init__(
+        self, samples: list[tuple[str, int]], seed: int, spec: "FolderSpec", decoded: DecodedImages | None
+    ) -> None:
+        from torchvision.transforms import v2
+
+        self.samples = samples
+        self.decoded = decoded
+        self.seed = seed
+        self.augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(spec.size, scale=(spec.min_crop_area, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(0.5 if spec.horizontal_flip else 0.0),
+                v2.PILToTensor(),
+            ]
+        )
+        self.plain = v2.Compose(
+            [
+                v2.Resize(round(spec.size / spec.test_crop), antialias=True),
+                v2.CenterCrop(spec.size),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        draw, index = key
+        label = self.samples[index][1]
+        decoded = self.decoded if draw != _NO_DRAW else None
+        image = decoded.read(index) if decoded is not None else None
+        if image is None:
+            image = _decode(self.samples[index][0])
+            if isinstance(image, str):
+                return image
+            if decoded is not None:
+                image = decoded.keep(index, image)
+        if draw == _NO_DRAW:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sample_seed(self.seed, draw, index))
+            return self.augment(image), label
+
+
+def _decode(path: str) -> Any:
+    """Read a picture, or say why it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                # Pillow would cut every value above 255 to white.
+                return f"{path}: has more than 8 bits a channel; convert it to 8"
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        return f"{path}: cannot be read as an image: {error}"
+
+
+def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and schedulers signal the whole group; a worker that died of it would take the run's checkpoint along."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _cores() -> int:
+    """Count the cores that this process may use; more workers would only wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class FolderSplit(Split):
+    """Files and their labels; nothing is decoded before it is asked for."""
+
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        spec: "FolderSpec",
+        index_N: Tensor,
+        decoded: DecodedImages | None = None,
+    ) -> None:
+        self._samples = samples
+        self._spec = spec
+        self._index_N = index_N
+        self._decoded = decoded
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self._index_N)
+
+    @functools.cached_property
+    def views(self) -> Views | None:
+        """Describe the recorded crops; none where every epoch has new ones."""
+        spec = self._spec
+        if not spec.views:
+            return None
+        settings = f"{spec.image_size} pixels, area {spec.min_crop_area}, flip {spec.horizontal_flip}"
+        if spec.decoded_gb:
+            settings += ", shrunk first"
+        # The draws are torch's, the crops torchvision's and the pixels Pillow's.
+        made_by = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "pillow"))
+        return Views(
+            len(self._samples), spec.views, f"{spec.views} crops: {settings}; {made_by}; {_stamps(self._samples)}"
+        )
+
+    def subset(self, indices_N: Tensor) -> "FolderSplit":
+        """Return the split of the samples at these positions."""
+        return FolderSplit(self._samples, self._spec, self._index_N[indices_N], self._decoded)
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        generator = torch.Generator().manual_seed(epoch_key(seed, epoch))
+        order = self._index_N[torch.randperm(len(self), generator=generator)]
+        full = len(self) // batch_size * batch_size
+        chunks = order[start * batch_size : full].split(batch_size)
+        if self._decoded is not None:
+            self._decoded.create()
+        views = self._spec.views
+        if not views:
+            drawn = [[(epoch, index) for index in chunk.tolist()] for chunk in chunks]
+        else:
+            # A recorded view is the draw of a small number instead of the epoch, and the same in every run.
+            seed, own_seed = _RECORDED_SEED, seed
+            drawn = [[(sample_seed(own_seed, epoch, i) % views, i) for i in chunk.tolist()] for chunk in chunks]
+        for batch, keys, chunk in zip(self._load(seed, drawn, device), drawn, chunks, strict=True):
+            names = torch.tensor([index * views + view for view, index in keys]) if views else None
+            yield batch._replace(views=names, samples=to_device(chunk, device))
+
+    def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield every sample once, in order, without augmentation."""
+        chunks = self._index_N.split(batch_size)
+        yield from self._load(0, [[(_NO_DRAW, index) for index in chunk.tolist()] for chunk in chunks], device)
+
+    def _load(self, seed: int, batches: list[list[tuple[int, int]]], device: torch.device) -> Iterator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            _Images(self._samples, seed, self._spec, self._decoded),
+            batch_sampler=batches,
+            num_workers=min(self._spec.num_workers, len(batches)),
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+            # Its own generator: drawing from the global one would change what a resumed run sees.
+            generator=torch.Generator(),
+        )
+        for content in loader:
+            if isinstance(content, str):
+                raise InputError(content, hint="replace or remove the file")
+            images, labels = content
+            yield Batch(to_device(images, device), to_device(labels, device))
+
+    def pictures(self, end: list[Callable[..., Any]]) -> Dataset[Any]:
+        """torchvision's ImageFolder with the same augmentation."""
+        from torchvision import datasets, transforms
+
+        spec = self._spec
+        crop = transforms.RandomResizedCrop(spec.size, scale=(spec.min_crop_area, 1.0))
+        begin = [crop, *([transforms.RandomHorizontalFlip()] if spec.horizontal_flip else [])]
+        root, transform = Path(spec.path).expanduser() / "train", transforms.Compose([*begin, *end])
+        return cast(Dataset[Any], datasets.ImageFolder(str(root), transform))
+
+
+class FolderSpec(DataSpec):
+    """A folder with train/ and val/ or test/, each with a folder a class: folder:PATH."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    type: Literal["folder"] = "folder"
+    path: str = Field(description="folder with train/ and val/ or test/")
+    image_size: Annotated[int, Field(ge=_LEAST_SIZE, le=1024)] | Literal["auto"] = Field(
+        "auto", description="height and width that networks see, in pixels; auto is what the files have, 224 at most"
+    )
+    min_crop_area: float = Field(0.25, gt=0, le=1, description="least share of an image in a training crop")
+    test_crop: float = Field(0.875, gt=0, le=1, description="share of the shorter side kept by the middle crop")
+    horizontal_flip: bool = Field(True, description="mirror half of the training images left to right")
+    views: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="crops of each training image that are drawn once and replayed, so that a teacher memory can hold "
+        "the answers; 0 = new ones in every epoch",
+    )
+    decoded_gb: float = Field(
+        0,
+        ge=0,
+        le=1e6,
+        description="room under $CAKD_HOME for decoded training images, in 10^9 bytes; 0 = decode in every epoch",
+    )
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        "auto", description="processes that decode images, no more than batches; auto is one a core, 8 at most"
+    )
+
+    @property
+    def size(self) -> int:
+        """Height and width that networks see, in pixels."""
+        assert self.image_size != "auto", "without_auto() chooses it"
+        return self.image_size
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that decode images."""
+        return min(8, _cores()) if self.workers == "auto" else self.workers
+
+    def without_auto(self) -> tuple[Self, dict[str, str]]:
+        update: dict[str, Any] = {"workers": self.num_workers}
+        reasons = {}
+        if self.image_size == "auto":
+            update["image_size"], reasons["image_size"] = self._size_of_files()
+        return self.model_copy(update=update), reasons
+
+    def _size_of_files(self) -> tuple[int, str]:
+        """Look at the headers of some training images; the median image is not enlarged."""
+        root, classes, _ = self._layout()
+        samples = _list(root / "train", classes)
+        step = max(1, len(samples) // _LOOKED_AT)
+        median = round(statistics.median(min(header_size(path)) for path, _ in samples[::step]))
+        size = max(_LEAST_SIZE, min(_USUAL_SIZE, median // _SIZE_STEP * _SIZE_STEP))
+        return size, f"the shorter side of the median training image has {median} pixels"
+
+    def shown_as(self, image_size: tuple[int, int], crop_pct: float) -> Self:
+        return self.model_copy(update={"image_size": image_size[0], "test_crop": crop_pct})
+
+    def faster_loading(self) -> str:
+        cores = _cores()
+        if self.num_workers < cores:
+            return f"data.workers={cores} would decode more images at a time (now {self.num_workers})"
+        if not self.decoded_gb:
+            return "data.decoded_gb=20 would keep decoded images, in 20 GB at most"
+        return ""
+
+    def countable_views(self) -> str:
+        return "" if self.views else "data.views=8 would draw 8 crops of each image once"
+
+    def _layout(self) -> tuple[Path, list[str], list[str]]:
+        """Find the folder, its classes, and which of val/ and test/ it has."""
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise InputError(f"no such folder of images: {root}")
+        held = [part for part in ("val", "test") if (root / part).is_dir()]
+        if not (root / "train").is_dir() or not held:
+            raise InputError(
+                f"{root}: needs train/ and val/ or test/, has {', '.join(sorted(_folders(root))) or 'no folder'}",
+                hint="put the images in train/CLASS/ and test/CLASS/",
+            )
+        classes = sorted(_folders(root / "train"))
+        if len(classes) < 2:
+            raise InputError(
+                f"{root / 'train'} has {len(classes)} class folder(s)", hint="a classifier needs two at least"
+            )
+        for part in held:
+            _check_classes(classes, sorted(_folders(root / part)), root, part)
+        return root, classes, held
+
+    def load(self, *, fetch: bool = True) -> ImageDataSet:
+        """List the files; images are decoded when they are asked for."""
+        if self.image_size == "auto":
+            return self.without_auto()[0].load()
+        root, classes, held = self._layout()
+        files = {part: _list(root / part, classes) for part in ("train", *held)}
+        decoded = None
+        if self.decoded_gb:
+            # The smallest crop then still has as many pixels as the networks see.
+            shorter_side = math.ceil(self.size / math.sqrt(self.min_crop_area))
+            decoded = DecodedImages.of(files["train"], shorter_side=shorter_side, limit_gb=self.decoded_gb)
+        splits = {
+            part: FolderSplit(listed, self, torch.arange(len(listed)), decoded if part == "train" else None)
+            for part, listed in files.items()
+        }
+        train, validation = splits["train"], splits["val"] if len(held) == 2 else None
+        if validation is None:
+            keep, out = hold_out(
+                torch.tensor([label for _, label in files["train"]]), self.validation_fraction, self.split_seed
+            )
+            train, validation = splits["train"].subset(keep), splits["train"].subset(out) if len(out) else None
+        return ImageDataSet(
+            name=self.label,
+            train=train,
+            validation=validation,
+            test=splits[held[-1]],
+            class_names=tuple(classes),
+            channels=3,
+            image_size=(self.size, self.size),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            fingerprint=_fingerprint(root, files),
+            crop_pct=self.test_crop,
+            resized=True,
+        )
+
+    @property
+    def label(self) -> str:
+        return Path(self.path).expanduser().resolve().name
+
+
+def _folders(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def _check_classes(train: list[str], other: list[str], root: Path, part: str) -> None:
+    extra, missing = sorted(set(other) - set(train)), sorted(set(train) - set(other))
+    if extra or missing:
+        wrong = [f"only in {part}/: {', '.join(extra[:5])}"] if extra else []
+        wrong += [f"only in train/: {', '.join(missing[:5])}"] if missing else []
+        raise InputError(f"{root}: train/ and {part}/ have different classes; {'; '.join(wrong)}")
+
+
+def _list(path: Path, classes: list[str]) -> list[tuple[str, int]]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    try:
+        # Not ImageFolder, which would count hidden folders as classes.
+        return list(make_dataset(str(path), {name: i for i, name in enumerate(classes)}, (*IMG_EXTENSIONS, ".gif")))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _stamps(samples: list[tuple[str, int]]) -> str:
+    """Hash when the files were last written: a changed picture may have the size of the old one."""
+    digest = hashlib.sha256()
+    for path, _ in samples:
+        facts = Path(path).stat()
+        # The second cannot be set: it also changes when a file is replaced by one with the first's time.
+        digest.update(f"{facts.st_mtime_ns} {facts.st_ctime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(root: Path, files: dict[str, list[tuple[str, int]]]) -> str:
+    digest = hashlib.sha256()
+    for part in files.values():
+        for path, _ in part:
+            digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,254 @@
+"""Data sets that fit in memory: uint8 on the device, augmented there a whole batch at a time.
+
+Shape suffixes: B batch, N samples, C channels, H and W height and width.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views, hold_out, to_device
+from cakd_cli.data.images.augmentation import draw_views, epoch_key, num_views, take_views
+from cakd_cli.errors import InputError, RecipeError
+
+
+class MemorySplit(Split):
+    """Images and labels as tensors.
+
+    Args:
+        images_NCHW: uint8.
+        labels_N: Class indices; for several labels an image bool (samples, classes).
+        number_N: The sample's number in its file, which names its views; on the CPU.
+        samples: Samples in the file.
+        padding: Pixels of padding before a random crop; 0 = no crop.
+        flip: Whether training images may be mirrored.
+    """
+
+    def __init__(
+        self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor, *, samples: int, padding: int, flip: bool
+    ) -> None:
+        self.images_NCHW = images_NCHW
+        self.labels_N = labels_N
+        self.number_N = number_N
+        self.samples = samples
+        self.padding = padding
+        self.flip = flip
+        self._padded_NHWC: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.labels_N)
+
+    @property
+    def views(self) -> Views:
+        """Describe the crops and flips of the file's samples."""
+        height, width = self.images_NCHW.shape[2:]
+        identity = f"crop {height}x{width} of padding {self.padding}" + (", flip" if self.flip else "")
+        return Views(self.samples, num_views(self.padding, self.flip), identity)
+
+    def to(self, device: torch.device) -> "MemorySplit":
+        """Return the split with its data on a device, so that batches need no transfer."""
+        return self._like(self.images_NCHW.to(device), self.labels_N.to(device), self.number_N)
+
+    def _like(self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor) -> "MemorySplit":
+        return MemorySplit(images_NCHW, labels_N, number_N, samples=self.samples, padding=self.padding, flip=self.flip)
+
+    def num_bytes(self) -> int:
+        """Memory that training on this split takes, in bytes: the images, and their padded copy."""
+        channels, height, width = self.images_NCHW.shape[1:]
+        padded = channels * (height + 2 * self.padding) * (width + 2 * self.padding)
+        return self.images_NCHW.nbytes + len(self) * padded
+
+    def subset(self, indices_N: Tensor) -> "MemorySplit":
+        """Return the split of the samples at these positions."""
+        home_N = indices_N.to(self.labels_N.device)
+        return self._like(self.images_NCHW[home_N], self.labels_N[home_N], self.number_N[indices_N.cpu()])
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        if self._padded_NHWC is None:
+            padded = functional.pad(self.images_NCHW, [self.padding] * 4)
+            self._padded_NHWC = padded.permute(0, 2, 3, 1).contiguous()
+        # Drawn on the CPU, so that every device sees one order and the host knows each view; one transfer an epoch.
+        order_N = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch_key(seed, epoch)))
+        number_N = self.number_N[order_N]
+        view_N = draw_views(number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
+        name_N = number_N * self.views.per_sample + view_N
+        order_N, view_N, sample_N = (x.to(self.labels_N.device) for x in (order_N, view_N, number_N))
+        for first in range(start * batch_size, len(self) // batch_size * batch_size, batch_size):
+            chosen = slice(first, first + batch_size)
+            images = take_views(
+                self._padded_NHWC, order_N[chosen], view_N[chosen], padding=self.padding, flip=self.flip
+            )
+            labels = self.labels_N[order_N[chosen]]
+            on_device = (to_device(x, device) for x in (images, labels, sample_N[chosen]))
+            images, labels, samples = on_device
+            yield Batch(images, labels, name_N[chosen], samples)
+
+    def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield every sample once, in order, without augmentation."""
+        for images, labels in zip(self.images_NCHW.split(batch_size), self.labels_N.split(batch_size), strict=True):
+            yield Batch(images.to(device), labels.to(device))
+
+    def pictures(self, end: list[Callable[..., Any]]) -> Dataset[Any]:
+        """What torchvision's CIFAR classes do: an array, and a picture made of it for every access."""
+        from torchvision import transforms
+
+        channels, height, width = self.images_NCHW.shape[1:]
+        if channels not in (1, 3):
+            raise RecipeError(f"Pillow has no pictures of {channels} channels", hint="leave out --against plain")
+        flip = [transforms.RandomHorizontalFlip()] if self.flip else []
+        begin = [transforms.RandomCrop((height, width), padding=self.padding), *flip]
+        return _Pictures(self, transforms.Compose([*begin, *end]))
+
+
+class _Pictures(Dataset[tuple[Any, int]]):
+    def __init__(self, split: MemorySplit, transform: Callable[[Any], Tensor]) -> None:
+        self._images = split.images_NCHW.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+        self._labels = split.labels_N.tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        pixels = self._images[index]
+        picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+        return self._transform(picture), self._labels[index]
+
+
+class MemoryDataSpec(DataSpec):
+    """Settings of data that fits in memory."""
+
+    crop_padding: int = Field(0, ge=0, le=16, description="pixels added on each side before a random crop; 0 = none")
+    horizontal_flip: bool = Field(False, description="mirror half of the training images left to right")
+
+
+def memory_data_set(
+    spec: MemoryDataSpec,
+    *,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: Sequence[str],
+    source: str,
+) -> ImageDataSet:
+    """Check tensors, hold out the validation split and measure the normalisation.
+
+    Args:
+        spec: The recipe's settings.
+        train: uint8 images (samples, channels, height, width) and class indices, or 0 and 1 (samples, classes).
+        test: Likewise.
+        class_names: One name a class.
+        source: What to call the data in an error.
+
+    Raises:
+        InputError: If shapes, types or labels do not fit.
+    """
+    if len(set(class_names)) != len(class_names) or len(class_names) < 2:
+        raise InputError(
+            f"{source}: {len(class_names)} class names, {len(set(class_names))} of them different",
+            hint="a classifier needs two classes at least, each with a name of its own",
+        )
+    for part, (images, labels) in (("train", train), ("test", test)):
+        _check(images, labels, len(class_names), f"{source}: {part}")
+    if train[1].ndim != test[1].ndim:
+        raise InputError(
+            f"{source}: train labels are {tuple(train[1].shape)}, test labels {tuple(test[1].shape)}",
+            hint="both must be one integer an image, or both 0 and 1 of shape (images, classes)",
+        )
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise InputError(
+            f"{source}: train images are {tuple(train[0].shape[1:])}, test images {tuple(test[0].shape[1:])}",
+            hint="both must have one (channels, height, width)",
+        )
+    splits = [
+        MemorySplit(
+            images, _class_labels(labels), torch.arange(len(labels)), samples=len(labels), padding=padding, flip=flip
+        )
+        for (images, labels), padding, flip in (
+            (train, spec.crop_padding, spec.horizontal_flip),
+            (test, 0, False),
+        )
+    ]
+    # Images of several labels have no class of which each part could hold its share.
+    strata_N = splits[0].labels_N if train[1].ndim == 1 else torch.zeros(len(train[1]), dtype=torch.long)
+    keep, held = hold_out(strata_N, spec.validation_fraction, spec.split_seed)
+    mean, std = _channel_statistics(train[0])
+    return ImageDataSet(
+        name=spec.label,
+        train=splits[0].subset(keep),
+        validation=splits[0].subset(held) if len(held) else None,
+        test=splits[1],
+        class_names=tuple(class_names),
+        channels=train[0].shape[1],
+        image_size=(train[0].shape[2], train[0].shape[3]),
+        mean=mean,
+        std=std,
+        fingerprint=_fingerprint(*train, *test),
+        multi_label=train[1].ndim == 2,
+    )
+
+
+def _class_labels(labels: Tensor) -> Tensor:
+    return labels.long() if labels.ndim == 1 else labels.bool()
+
+
+def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+        raise InputError(
+            f"{source} images are {tuple(images.shape)} of {str(images.dtype).removeprefix('torch.')}",
+            hint="they must be uint8 of shape (samples, channels, height, width)",
+        )
+    if labels.ndim == 2 and labels.shape == (len(images), num_classes) and not labels.dtype.is_floating_point:
+        if labels.long().min() < 0 or labels.long().max() > 1:
+            raise InputError(
+                f"{source} labels of shape {tuple(labels.shape)} run from {labels.min()} to {labels.max()}",
+                hint="for several labels an image they must be 0 and 1",
+            )
+        if not labels.any():
+            raise InputError(f"{source} labels are all 0", hint="at least one image must have a label")
+        return
+    if labels.shape != images.shape[:1] or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise InputError(
+            f"{source} labels are {tuple(labels.shape)} of {str(labels.dtype).removeprefix('torch.')} "
+            f"for {len(images)} images",
+            hint=f"they must be one integer an image, or 0 and 1 of shape (images, {num_classes} classes)",
+        )
+    labels = labels.long()
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"{source} labels run from {labels.min()} to {labels.max()}, but there are {num_classes} classes",
+            hint=f"labels must be 0 to {num_classes - 1}",
+        )
+
+
+def _channel_statistics(images_NCHW: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation of each channel, of pixels in [0, 1]."""
+    means, stds = [], []
+    values = torch.arange(256, dtype=torch.float64) / 255
+    for channel in images_NCHW.unbind(1):
+        share = channel.flatten().bincount(minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        # A constant channel has no spread to divide by.
+        std = (share * (values - mean).square()).sum().sqrt().clamp(min=1 / 255)
+        means.append(round(mean.item(), 6))
+        stds.append(round(std.item(), 6))
+    return tuple(means), tuple(stds)
+
+
+def _fingerprint(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

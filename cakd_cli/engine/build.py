@@ -1,0 +1,201 @@
+"""From a recipe to a run that can begin: read everything, choose what is automatic, build the task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cakd_cli.data import ImageDataSet, MemorySplit
+from cakd_cli.engine.task import Task, taps, teacher_looks
+from cakd_cli.errors import HardwareError, RecipeError
+from cakd_cli.machine.hardware import Hardware, choose_hardware
+from cakd_cli.models.initial import check_takes, initial_network
+from cakd_cli.recipe.schema import Recipe
+from cakd_cli.teachers import Teacher, load_teacher
+from cakd_cli.teachers.answers import AnswerSource
+from cakd_cli.teachers.forms import make_form
+from cakd_cli.teachers.memory import TeacherMemory, identify
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: everything is here and fits, nothing is chosen, built or written.
+
+    Attributes:
+        recipe: Engine keys may still be ``auto``.
+        hardware: Where it runs.
+        data: On the device where it has room.
+        student: On the device.
+        teacher: On the device, with the layers that the loss looks at; none if no term needs one.
+        reasons: Why each automatic choice was made so far, by recipe key.
+        to_fetch: What would be downloaded, where nothing was.
+    """
+
+    recipe: Recipe
+    hardware: Hardware
+    data: ImageDataSet
+    student: nn.Module
+    teacher: Teacher | None
+    reasons: dict[str, str]
+    to_fetch: tuple[str, ...] = ()
+
+    def first_images(self) -> Tensor:
+        """Take the first training batch, to measure on."""
+        batches = self.data.train.train_batches(
+            batch_size=self.recipe.engine.batch_size,
+            seed=self.recipe.seed,
+            epoch=0,
+            start=0,
+            device=self.hardware.device,
+        )
+        return next(iter(batches)).images
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch; an incomplete batch is left out."""
+        return len(self.data.train) // self.recipe.engine.batch_size
+
+
+def read_inputs(recipe: Recipe, *, several_processes: bool = False, fetch: bool = True) -> Inputs:
+    """Read the data and the networks.
+
+    Args:
+        recipe: What to run.
+        several_processes: Whether this is one of several.
+        fetch: Whether what is not here may be downloaded; without it stand-ins of the same sizes take its place.
+
+    Raises:
+        CakdError: If anything is missing or does not fit.
+    """
+    if several_processes:
+        raise HardwareError("several processes are not supported", hint="start one process, without torchrun")
+    engine = recipe.engine
+    machine = choose_hardware(engine.device, engine.precision, channels_last=engine.channels_last)
+    spec, why = recipe.data.without_auto()
+    recipe = recipe.model_copy(update={"data": spec})
+    to_fetch = () if fetch else _to_fetch(recipe)
+    data = _on_device(spec.load(fetch=fetch), machine)
+    _check_data(recipe, data)
+    example = data.input.example()
+    torch.manual_seed(recipe.seed)
+    student = initial_network(recipe.model, example, data.num_classes, fetch=fetch)
+    check_takes(student, example, data.num_classes, recipe.model.label)
+    # After the probe, so that it draws no random numbers from the run.
+    torch.manual_seed(recipe.seed)
+    teacher = None
+    if recipe.teacher is not None and recipe.needs_teacher:
+        teacher = load_teacher(recipe.teacher, data, machine, fetch=fetch)
+        teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
+    reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
+    return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, to_fetch)
+
+
+def _to_fetch(recipe: Recipe) -> tuple[str, ...]:
+    from cakd_cli.teachers import single_teachers
+
+    teachers = single_teachers(recipe.teacher) if recipe.needs_teacher else []
+    return tuple(filter(None, (part.missing_file() for part in (recipe.data, recipe.model, *teachers))))
+
+
+def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
+    if len(data.train) < recipe.engine.batch_size:
+        raise RecipeError(
+            f"engine.batch_size is {recipe.engine.batch_size}, more than the {len(data.train)} training images "
+            f"of {data.name}",
+            hint="give a smaller --batch-size",
+        )
+    if data.multi_label:
+        for number, term in enumerate(recipe.loss):
+            if not term.takes_several_labels:
+                raise RecipeError(
+                    f"loss.{number}: {term.type} needs one label an image, and images of {data.name} may have several"
+                )
+
+
+def _on_device(data: ImageDataSet, machine: Hardware) -> ImageDataSet:
+    """Put the images on an accelerator if they take less than half of its free memory."""
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    in_memory = {name: split for name, split in parts.items() if isinstance(split, MemorySplit)}
+    free = machine.free_bytes()
+    if free is None or sum(split.num_bytes() for split in in_memory.values()) > free / 2:
+        return data
+    placed: dict[str, Any] = {name: split.to(machine.device) for name, split in in_memory.items()}
+    return replace(data, **placed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with everything chosen and built, and nothing begun.
+
+    Attributes:
+        recipe: Without anything automatic.
+        hardware: Where it runs.
+        data: What it looks at.
+        task: What it trains.
+        teacher: Who teaches; may be none.
+        source: The teacher's answers to training batches; none without a teacher.
+        reasons: Why each automatic choice was made, by recipe key.
+        warnings: What the user should know before it begins.
+    """
+
+    recipe: Recipe
+    hardware: Hardware
+    data: ImageDataSet
+    task: Task
+    teacher: Teacher | None
+    source: AnswerSource | None
+    reasons: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Give files free, and remove what was hooked into the networks."""
+        self.task.close()
+        if self.source is not None:
+            self.source.close()
+
+
+def make_task(inputs: Inputs, recipe: Recipe) -> Task:
+    """Build what is trained, compiled where the recipe says so.
+
+    Raises:
+        RecipeError: If the student lacks a layer that a term names.
+    """
+    task = Task(inputs.student, recipe.loss, inputs.data, inputs.hardware, inputs.teacher)
+    if recipe.engine.compile == "on":
+        task.compile_student(recipe.engine.gradient_accumulation)
+    return task
+
+
+def make_source(
+    inputs: Inputs, recipe: Recipe, note: Callable[[str], None], *, memory: str | None = None
+) -> AnswerSource | None:
+    """Put the teacher into its form and open the memory of its answers.
+
+    Args:
+        inputs: With the teacher; its taps are what the memory holds.
+        recipe: Without anything automatic.
+        note: Takes lines for the user.
+        memory: ``off``, ``ram`` or ``disk`` instead of what the recipe says.
+
+    Raises:
+        InputError: If the memory is damaged.
+        RecipeError: If the teacher cannot take the form that was asked for.
+    """
+    teacher, data, engine = inputs.teacher, inputs.data, recipe.engine
+    if teacher is None:
+        return None
+    where = memory or engine.teacher_memory
+    form = make_form(teacher, engine.teacher_form, inputs.hardware)
+    identity = identify(
+        teacher, data, inputs.hardware, form=engine.teacher_form, stored=engine.teacher_memory_precision
+    )
+    opened = None
+    if where != "off" and identity is not None:
+        facts = {"teacher": teacher.name, "data": data.name}
+        opened = TeacherMemory.open(identity, facts) if where == "disk" else TeacherMemory(identity)
+        count = len(opened.written())
+        if count:
+            note(f"teacher memory {identity.key}: {count:,} of {identity.rows:,} answers are known")
+    return AnswerSource(form, opened, inputs.hardware.device, note)

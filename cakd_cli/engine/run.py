@@ -1,0 +1,329 @@
+"""A whole run, from what it reads to a finished folder; train-teacher and distill differ only in the recipe."""
+
+import contextlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cakd_cli import __version__
+from cakd_cli.data import ImageDataSet
+from cakd_cli.engine import run_directory
+from cakd_cli.engine.build import Inputs, Job, make_source, make_task
+from cakd_cli.engine.choices import Choices, decide
+from cakd_cli.engine.loop import Trainer
+from cakd_cli.engine.progress import Progress
+from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
+from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError, first_line
+from cakd_cli.evaluation import metrics
+from cakd_cli.evaluation.predict import predict
+from cakd_cli.evaluation.teacher_check import check_teacher
+from cakd_cli.losses.weights import ChangingWeight
+from cakd_cli.machine.stopwatch import Stopwatch
+from cakd_cli.models import num_parameters, saving
+from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.models.preprocessing import Preprocessing
+from cakd_cli.recipe.schema import Recipe
+from cakd_cli.teachers import memory
+
+# What run.json says of each time that the run was started.
+_BEGINNING = ("command", "versions", "hardware", "started_at")
+
+
+def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """Train, or go on training, and leave a finished folder.
+
+    Args:
+        inputs: What the run reads; of a run that goes on, with the choices of its beginning.
+        out: Its folder.
+        resume: Go on with the run that is there, if there is one.
+        overwrite: Replace it.
+        progress: Is told how it goes.
+
+    Returns:
+        What run.json holds.
+
+    Raises:
+        CakdError: If the run cannot begin, diverges or is stopped.
+    """
+    directory = RunDirectory.open(out, resume=resume, overwrite=overwrite)
+    try:
+        before = directory.facts()
+        whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
+        if before.get("ended") == "completed" and whole:
+            run_directory.check_same_recipe(run_directory.read_recipe(out), decide(inputs, measure=False).recipe, out)
+            progress.note(f"{out} is already finished")
+            return before
+        checkpoint = directory.latest_checkpoint()
+        inputs.hardware.keep_freed_memory()
+        with _torch_errors(inputs.recipe):
+            choices = decide(inputs)
+        if (out / "recipe.yaml").is_file():
+            run_directory.check_same_recipe(run_directory.read_recipe(out), choices.recipe, out)
+        facts = _facts(choices)
+        if checkpoint is not None:
+            _check_same_inputs(before, facts, out)
+            facts = _gone_on(before, facts)
+        with _torch_errors(choices.recipe):
+            job = _build(choices, facts, progress)
+        with contextlib.closing(job):
+            directory.write_recipe(job.recipe)
+            return _train(job, directory, checkpoint, facts, progress)
+    finally:
+        directory.close()
+
+
+def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
+    """Say what was chosen, check the teacher and build the run; a teacher that cannot teach ends it here."""
+    inputs, recipe = choices.inputs, choices.recipe
+    for key, reason in choices.reasons.items():
+        progress.note(f"{key}: {_value(recipe, key)} ({reason})")
+    for line in choices.warnings:
+        progress.warn(line)
+    checked = _check_teacher(choices, facts["data"], progress)
+    source = make_source(inputs, recipe, progress.note)
+    if source is not None and source.memory is not None and source.memory.folder is not None:
+        memory.write_check(source.memory.identity, facts["data"], checked)
+    task = make_task(inputs, recipe)
+    return Job(recipe, inputs.hardware, inputs.data, task, inputs.teacher, source, choices.reasons, choices.warnings)
+
+
+def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progress) -> dict[str, float]:
+    """Measure the teacher, unless another run has on the same data; empty without one."""
+    inputs, engine = choices.inputs, choices.recipe.engine
+    teacher, data = inputs.teacher, inputs.data
+    if teacher is None:
+        return {}
+    checked = None
+    if engine.teacher_memory == "disk":
+        stored = engine.teacher_memory_precision
+        shared = memory.identify(teacher, data, inputs.hardware, form=engine.teacher_form, stored=stored)
+        checked = memory.read_check(shared, data_facts) if shared is not None else None
+    if checked is None:
+        size = engine.evaluation_batch_size
+        checked = check_teacher(teacher, data, data_facts, inputs.hardware, batch_size=size)
+    images = "held-out" if data.validation else "training"
+    progress.note(f"teacher {teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images")
+    return checked
+
+
+def _train(
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint | None, facts: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    try:
+        with StopRequest().listening() as stop, _torch_errors(job.recipe):
+            trainer = Trainer(job, directory, progress, stop)
+            directory.write_facts(facts | {"ended": "running"})
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+                progress.note(f"resumed after epoch {trainer.epoch}, step {trainer.step}")
+            directory.keep_metrics(trainer.epoch)
+            progress.start(
+                epochs=job.recipe.engine.epochs,
+                steps_per_epoch=trainer.steps_per_epoch,
+                done=trainer.epoch * trainer.steps_per_epoch + trainer.step,
+                title=job.recipe.model.label,
+            )
+            try:
+                trainer.fit()
+            finally:
+                progress.end()
+            return _finish(job, trainer, directory, facts)
+    except BaseException as error:
+        # The first error is the one to report, also where the disk is too full to note it.
+        with contextlib.suppress(OSError):
+            directory.write_facts(facts | {"ended": _why_ended(error), "finished_at": _now()})
+        raise
+
+
+def _finish(job: Job, trainer: Trainer, directory: RunDirectory, facts: dict[str, Any]) -> dict[str, Any]:
+    """Measure the chosen network in float32, look at the test set for the first and only time, and write the folder."""
+    recipe, data, student = job.recipe, job.data, job.task.student
+    machine = job.hardware.full_precision()
+    student.load_state_dict(trainer.best_state)
+    normalisation = Normalisation(data.mean, data.std, machine)
+    figures = {}
+    for name, split in (("validation", data.validation), ("test", data.test)):
+        if split is not None:
+            size = recipe.engine.evaluation_batch_size
+            figures[name] = metrics.quality(*predict(student, split, normalisation, machine, batch_size=size))
+    facts |= {
+        "ended": "completed",
+        "finished_at": _now(),
+        "best": trainer.best or {"epoch": recipe.engine.epochs},
+        "metrics": figures,
+        "images_per_second": [line["images_per_second"] for line in directory.metrics()],
+    }
+    saved = saving.SavedModel(
+        model=student.cpu().eval(),
+        spec=recipe.model,
+        class_names=data.class_names,
+        preprocessing=preprocessing_of(data),
+        facts={key: facts[key] for key in ("data", "loss", "seed", "metrics", "teacher") if facts.get(key) is not None},
+    )
+    saving.write(directory.path, saved)
+    facts["weights_hash"] = saving.weights_hash(saved.model.state_dict())
+    directory.write_facts(facts)
+    directory.drop_checkpoints()
+    return facts
+
+
+def preprocessing_of(data: ImageDataSet) -> Preprocessing:
+    """Say how pictures of this data become a network's input."""
+    return Preprocessing(data.input.shape, data.mean, data.std, data.crop_pct, data.resized)
+
+
+def fill_memory(inputs: Inputs, progress: Progress) -> tuple[str, int]:
+    """Ask the teacher about every view that the run would meet, and train nothing.
+
+    Args:
+        inputs: Of a run with a teacher.
+        progress: Is told of every epoch.
+
+    Returns:
+        The memory's key, and the images that the teacher was shown.
+
+    Raises:
+        RecipeError: If the recipe keeps no memory on disk.
+        InputError: If the disk is full.
+    """
+    with _torch_errors(inputs.recipe):
+        choices = decide(inputs)
+        engine = choices.recipe.engine
+        if engine.teacher_memory != "disk":
+            why = choices.reasons.get("engine.teacher_memory", "as the recipe says")
+            raise RecipeError(
+                f"this recipe keeps no memory on disk: engine.teacher_memory is {engine.teacher_memory} ({why})"
+            )
+        with contextlib.closing(_build(choices, _facts(choices), progress)) as job:
+            return _fill(job, progress)
+
+
+def _fill(job: Job, progress: Progress) -> tuple[str, int]:
+    source, recipe, device = job.source, job.recipe, job.hardware.device
+    assert source is not None
+    assert source.memory is not None
+    asked = 0
+    for epoch in range(recipe.engine.epochs):
+        batches = job.data.train.train_batches(
+            batch_size=recipe.engine.batch_size, seed=recipe.seed, epoch=epoch, start=0, device=device
+        )
+        for _ in source.beside(batches, Stopwatch(device)):
+            pass
+        counts = source.take_counts()
+        asked += counts["asked"]
+        if source.memory.stopped:
+            raise InputError(f"answers are not kept: {source.memory.stopped}", hint="make room, then fill again")
+        progress.note(
+            f"epoch {epoch + 1}/{recipe.engine.epochs}: {counts['asked']:,} asked about, {counts['remembered']:,} known"
+        )
+    return source.memory.identity.key, asked
+
+
+def _check_same_inputs(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Refuse to continue a run on other data or under another teacher.
+
+    Raises:
+        InputError: If either is not what the run began with.
+    """
+    for what, key in (("data", "fingerprint"), ("teacher", "weights_hash")):
+        old, new = ((facts.get(what) or {}).get(key) for facts in (before, now))
+        if old is not None and old != new:
+            raise InputError(
+                f"{out} cannot be resumed: its {what} has changed since it began ({key} {old}, now {new})",
+                hint="put it back, or start another run with another --out",
+            )
+
+
+def _why_ended(error: BaseException) -> str:
+    if isinstance(error, CakdError):
+        return error.code
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _facts(choices: Choices) -> dict[str, Any]:
+    inputs, recipe = choices.inputs, choices.recipe
+    data, teacher = inputs.data, inputs.teacher
+    return {
+        "command": ["cakd", *sys.argv[1:]],
+        "versions": versions(),
+        "hardware": {
+            "device": str(inputs.hardware.device),
+            "name": inputs.hardware.name,
+            "precision": inputs.hardware.precision,
+        },
+        "started_at": _now(),
+        "seed": recipe.seed,
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "image": list(data.input.shape),
+            "validation_fraction": recipe.data.validation_fraction,
+            "split_seed": recipe.data.split_seed,
+            "train": len(data.train),
+            "validation": len(data.validation) if data.validation else 0,
+            "test": len(data.test),
+        },
+        "model": {"name": recipe.model.label, "parameters": num_parameters(inputs.student)},
+        "loss": " + ".join(f"{_weight(term.weight)} {term.type}" for term in recipe.loss),
+        "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
+        "chosen": choices.reasons,
+        "warnings": list(choices.warnings),
+    }
+
+
+def _gone_on(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Leave on record how the run began, and add that it went on."""
+    began = {key: before[key] for key in (*_BEGINNING, "chosen") if key in before}
+    again = {key: facts[key] for key in _BEGINNING}
+    return facts | began | {"resumed": [*before.get("resumed", []), again]}
+
+
+@contextlib.contextmanager
+def _torch_errors(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HardwareError(
+            f"the memory of {recipe.engine.device} is full: {first_line(error)}",
+            hint=f"cut the batch of {recipe.engine.batch_size} into parts: "
+            f"engine.gradient_accumulation={2 * recipe.engine.gradient_accumulation}",
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RecipeError(
+            f"batch norm has nothing to average over: images this small need more than "
+            f"{recipe.engine.batch_size // recipe.engine.gradient_accumulation} at a time",
+            hint="give a larger --batch-size, or a smaller engine.gradient_accumulation",
+        ) from error
+
+
+def _weight(weight: Any) -> str:
+    return f"{weight.type} weight of" if isinstance(weight, ChangingWeight) else f"{weight:g}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that may change a result."""
+    packages = ("torch", "torchvision", "safetensors", "torchmetrics", "timm", "onnx", "onnxruntime")
+    found = {"cakd": __version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    value = getattr(getattr(recipe, section), name)
+    return {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""The computer: device, precision, memory, timing, compiling; knows torch alone."""

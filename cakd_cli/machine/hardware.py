@@ -1,0 +1,155 @@
+"""Which accelerator, precision and memory layout a run uses, and why."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from cakd_cli.errors import HardwareError
+from cakd_cli.machine import memory
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine as a run sees it.
+
+    Attributes:
+        device: Where networks and batches live.
+        precision: ``fp32`` or ``bf16``.
+        channels_last: Whether image tensors are stored channels last.
+        reasons: Why each automatic choice was made, by recipe key.
+    """
+
+    device: torch.device
+    precision: str
+    channels_last: bool = True
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Run the networks inside in the chosen precision."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device in the chosen memory layout."""
+        if self.channels_last:
+            # Only convolution weights have four dimensions; torch leaves the others as they are.
+            return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return model.to(self.device)
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was told; for measurements."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def keep_freed_memory(self) -> None:
+        """Keep the CPU's freed tensors for the next step; accelerators do so by themselves."""
+        if self.device.type == "cpu":
+            memory.keep_freed_memory()
+
+    def full_precision(self) -> "Hardware":
+        """Return the same machine computing in float32: what reported figures are measured in."""
+        return replace(self, precision="fp32")
+
+    def free_bytes(self) -> int | None:
+        """Free memory of an accelerator in bytes; none where the device cannot tell, or there is none."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        if self.device.type != "cpu" and hasattr(torch.accelerator, "get_memory_info"):
+            return int(torch.accelerator.get_memory_info(self.device)[0])
+        return None
+
+    def random_state(self) -> dict[str, Tensor]:
+        """States of the random number generators that a step may draw from: the CPU's, and the accelerator's."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            states[self.device.type] = torch.get_device_module(self.device).get_rng_state(*self._which())
+        return states
+
+    def restore_random_state(self, states: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`random_state` gave; another kind of accelerator begins anew."""
+        torch.set_rng_state(states["cpu"])
+        if self.device.type != "cpu" and self.device.type in states:
+            torch.get_device_module(self.device).set_rng_state(states[self.device.type], *self._which())
+
+    def _which(self) -> tuple[torch.device, ...]:
+        # torch.mps has one generator, and its functions take no device.
+        return () if self.device.type == "mps" else (self.device,)
+
+    @property
+    def name(self) -> str:
+        """The device as its maker calls it, where torch knows."""
+        return describe(self.device)
+
+
+def choose_hardware(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Hardware:
+    """Find the device and the precision that were asked for, or the best that are here.
+
+    Args:
+        device: ``auto``, or a name of torch's.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        channels_last: Layout of image tensors.
+
+    Raises:
+        HardwareError: If the device does not exist or cannot compute in the precision.
+    """
+    reasons: dict[str, str] = {}
+    found = _find_device(device, reasons)
+    if found.type != "cpu" and found.index is not None:
+        # Events and streams that name no device are the current one's.
+        torch.accelerator.set_device_index(found.index)
+    if found.type == "cuda":
+        # cuDNN's default would round the inputs of fp32 convolutions to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
+    native = _native_bf16(found)
+    if precision == "auto":
+        precision = "bf16" if native else "fp32"
+        reasons["engine.precision"] = native or f"no native bf16 on {describe(found)}"
+    elif precision == "bf16" and found.type == "cuda" and not native:
+        raise HardwareError(f"{describe(found)} cannot compute in bf16", hint="engine.precision=fp32")
+    return Hardware(found, precision, channels_last, reasons)
+
+
+def _find_device(name: str, reasons: dict[str, str]) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        device = accelerator or torch.device("cpu")
+        reasons["engine.device"] = f"found {describe(device)}" if accelerator else "no accelerator found"
+        return device
+    here = "this machine has cpu" + (
+        f" and {torch.accelerator.device_count()} {accelerator.type}" if accelerator is not None else " only"
+    )
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise HardwareError(f"no such device '{name}'; {here}", hint="cakd env lists the devices") from error
+    if device.type == "cpu" and not device.index:
+        return device
+    if (
+        accelerator is None
+        or device.type != accelerator.type
+        or (device.index or 0) >= torch.accelerator.device_count()
+    ):
+        raise HardwareError(f"no device '{name}'; {here}", hint="leave --device out to use what is there")
+    return device
+
+
+def _native_bf16(device: torch.device) -> str:
+    """Say why bf16 is fast here, or nothing."""
+    if device.type == "cuda":
+        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    if device.type == "cpu":
+        return next((name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)), "")
+    return ""
+
+
+def describe(device: torch.device) -> str:
+    """Name a device as its maker does, where torch knows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+    return device.type

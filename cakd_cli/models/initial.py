@@ -1,0 +1,61 @@
+"""A network as a run begins with it: fresh, from a file, or from its library's published weights."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cakd_cli.errors import RecipeError, first_line
+from cakd_cli.models.base import ModelSpec
+from cakd_cli.models.external import ExternalSpec, load_but_head
+from cakd_cli.models.weights import load_state, read_state
+
+
+def initial_network(spec: ModelSpec, example: Tensor, num_classes: int, *, fetch: bool = True) -> nn.Module:
+    """Make a network for images like the example.
+
+    Args:
+        spec: The recipe's.
+        example: (1, channels, height, width).
+        num_classes: Logits that it answers with.
+        fetch: Whether published weights may be downloaded; without them the network is fresh.
+
+    Raises:
+        InputError: If its weights are missing or do not fit.
+        RecipeError: If there is no such network, or it cannot take such images.
+    """
+    sizes = {"in_channels": example.shape[1], "num_classes": num_classes}
+    pretrained = isinstance(spec, ExternalSpec) and spec.pretrained
+    if isinstance(spec, ExternalSpec) and pretrained and spec.weights is None:
+        if fetch or spec.missing_file() is None:
+            return spec.published(**sizes)
+        return spec.build(**sizes)
+    model = spec.build(**sizes)
+    if spec.weights is not None:
+        # Published weights from a file may have another head; weights that somebody trained must fit.
+        load = load_but_head if pretrained else load_state
+        load(model, read_state(Path(spec.weights).expanduser()), source=spec.weights)
+    return model
+
+
+def check_takes(model: nn.Module, example: Tensor, num_classes: int, name: str) -> None:
+    """Show a network, on the CPU, one image.
+
+    Raises:
+        RecipeError: If it cannot take it, or does not answer with a logit a class.
+    """
+    try:
+        # Not in inference mode: what a network computes once and keeps must serve training too.
+        with torch.no_grad():
+            answer = model.eval()(example)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Other people's networks refuse with whatever they like.
+        size = " x ".join(map(str, example.shape[1:]))
+        raise RecipeError(
+            f"{name} cannot take images of {size}: {first_line(error)}",
+            hint="another network; or, for a folder's images, another size: data.image_size=224",
+        ) from error
+    if not isinstance(answer, Tensor) or answer.shape != (1, num_classes):
+        raise RecipeError(f"{name} does not answer with one logit for each of {num_classes} classes")

@@ -1,0 +1,90 @@
+"""The process around the command line: streams, signals, and errors that become exit codes."""
+
+import atexit
+import contextlib
+import errno
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from cakd_cli import app
+from cakd_cli.errors import CakdError, ExitCode, InputError, InterruptedRunError
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure becomes one message and its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    json_mode = "--json" in sys.argv
+    try:
+        code = _run(json_mode)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = int(ExitCode.BROKEN_PIPE)
+    except OSError as error:
+        # The result itself cannot be written: say so where that is still possible.
+        code = _report(_translate(error), json_mode=False)
+    finally:
+        _forget_unwritten_output()
+    # All is said and done: an impatient Ctrl-C must not interrupt what libraries do at the end.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _run(json_mode: bool) -> int:
+    try:
+        app.app()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
+        code = stop.code if isinstance(stop.code, int) else int(ExitCode.INTERNAL)
+        if code == ExitCode.INTERRUPTED:
+            return _report(InterruptedRunError("interrupted"), json_mode)
+        if json_mode and code == ExitCode.USAGE:
+            sys.stdout.write('{"error": {"code": "usage", "message": "see stderr", "hint": "cakd --help"}}\n')
+        return code
+    except CakdError as error:
+        return _report(error, json_mode)
+    except KeyboardInterrupt:
+        return _report(InterruptedRunError("interrupted"), json_mode)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("CAKD_DEBUG"):
+            raise
+        return _report(_translate(error), json_mode)
+    return int(ExitCode.OK)
+
+
+def _forget_unwritten_output() -> None:
+    """Keep Python from trying, and complaining, once more at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(error: CakdError, json_mode: bool) -> int:
+    from cakd_cli.console import show_error
+
+    if os.environ.get("CAKD_DEBUG"):
+        raise error
+    show_error(error, json_mode=json_mode)
+    return int(error.exit_code)
+
+
+def _translate(error: Exception) -> CakdError:
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        hint = "make room, then run the same command again; a training run with --resume"
+        return InputError(f"{error.strerror or error}{place}", hint=hint if error.errno == errno.ENOSPC else None)
+    if isinstance(error, UnicodeError):
+        return InputError(f"a name or path is not text in this terminal's encoding: {error}")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return InputError("a path begins with ~ and a name that is no user's")
+    return CakdError(
+        f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
+    )

@@ -1,0 +1,213 @@
+"""A teacher's answers to the batches of an epoch: remembered where it has been asked before, else asked now.
+
+Shape suffixes: B batch, N views of a window, D numbers in all answers to a view.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cakd_cli.data import Batch
+from cakd_cli.data.base import to_device
+from cakd_cli.machine.stopwatch import Stopwatch
+from cakd_cli.models.layers import Answers
+from cakd_cli.teachers.memory import TeacherMemory
+
+Answered = Generator[tuple[Batch, Answers], None, None]
+
+# Unknown views of so many images are asked together, so that few unknown ones still make a batch worth its overhead.
+_WINDOW_IMAGES = 512
+_WINDOW_BYTES = 4 * 2**20
+
+
+class Answering(Protocol):
+    """Whoever answers: a network in one of its forms, or anything else."""
+
+    def answer(self, images: Tensor) -> Answers:
+        """Map uint8 images (batch, channels, height, width) to float32 answers by name, without gradient."""
+
+    def close(self) -> None:
+        """Give free what it holds."""
+
+
+class _Unwritten(NamedTuple):
+    """Answers on their way from the device."""
+
+    views: Tensor
+    rows: Tensor
+    arrived: torch.Event
+
+
+class AnswerSource:
+    """Gives each batch its teacher's answers.
+
+    Args:
+        teacher: Who is asked.
+        memory: Of views asked before; none asks about every batch.
+        device: Where batches and answers live.
+        note: Takes a line for the user when the memory is in trouble.
+
+    Attributes:
+        asked: Images that the teacher was shown.
+        remembered: Images that it need not be shown.
+    """
+
+    def __init__(
+        self,
+        teacher: Answering,
+        memory: TeacherMemory | None,
+        device: torch.device,
+        note: Callable[[str], None],
+    ) -> None:
+        self._teacher = teacher
+        self.memory = memory
+        self._device = device
+        self._note = note
+        self._noted: set[str] = set()
+        self._unwritten: list[_Unwritten] = []
+        self.asked = 0
+        self.remembered = 0
+
+    def take_counts(self) -> dict[str, int]:
+        """Give the images asked about and remembered since the last call."""
+        counts = {"asked": self.asked, "remembered": self.remembered}
+        self.asked = self.remembered = 0
+        return counts
+
+    def close(self) -> None:
+        """Give the memory's files free, and what the teacher holds."""
+        self._teacher.close()
+        if self.memory is not None:
+            self.memory.close()
+
+    def beside(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
+        """Yield each batch with the teacher's answers in float32, by name.
+
+        What was recorded is on disk, or on its way there, when the last batch has been yielded.
+        """
+        if self.memory is None:
+            yield from self._live(batches, watch)
+            return
+        try:
+            for window in _windows(batches):
+                with watch("teacher"):
+                    rows_ND = self._remembered(window, self.memory)
+                for batch, rows_BD in zip(window, rows_ND.split([len(b.labels) for b in window]), strict=True):
+                    yield batch, self.memory.unpack(rows_BD)
+        finally:
+            # Also where the run stops within an epoch.
+            self.flush()
+
+    def _live(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
+        if self._device.type == "cuda":
+            yield from self._ahead(batches, watch)
+            return
+        for batch in batches:
+            self.asked += len(batch.labels)
+            with watch("teacher"):
+                answers = self._teacher.answer(batch.images)
+            yield batch, answers
+
+    def _ahead(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
+        """Ask on a stream of its own, a batch ahead of the student, so that both may fill the device."""
+        main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        before: tuple[Batch, Answers, torch.cuda.Event] | None = None
+        while True:
+            batch = next(batches, None)
+            ahead = None
+            if batch is not None:
+                self.asked += len(batch.labels)
+                side.wait_stream(main)
+                with torch.cuda.stream(side), watch("teacher"):
+                    answers = self._teacher.answer(batch.images)
+                # Both cross streams: their memory may be used again only when the other stream is done with it.
+                batch.images.record_stream(side)
+                for answer in answers.values():
+                    answer.record_stream(main)
+                ahead = batch, answers, side.record_event()
+            if before is not None:
+                main.wait_event(before[2])
+                yield before[:2]
+            if ahead is None:
+                return
+            before = ahead
+
+    def _remembered(self, window: list[Batch], memory: TeacherMemory) -> Tensor:
+        self._write_arrived(memory)
+        views_N = torch.cat([batch.views for batch in window if batch.views is not None])
+        stored_ND, known_N = memory.recall(views_N)
+        unknown_N = (~known_N).nonzero().squeeze(1)
+        self.asked += len(unknown_N)
+        self.remembered += len(views_N) - len(unknown_N)
+        rows_ND = self._to_device(stored_ND)
+        if len(unknown_N):
+            images = torch.cat([batch.images for batch in window])
+            chosen_N = self._to_device(unknown_N)
+            fresh_ND = self._ask_in_batches(images[chosen_N], len(window[0].labels), memory)
+            # What a later run will read is what this one uses.
+            rows_ND[chosen_N] = memory.rounded(fresh_ND)
+            self._write(memory, views_N[unknown_N], fresh_ND)
+        self._say_troubles(memory)
+        return rows_ND
+
+    def _ask_in_batches(self, images: Tensor, size: int, memory: TeacherMemory) -> Tensor:
+        """Ask about batches of one size, filled up with black images.
+
+        Kernels may sum in another order for another size: so an answer does not depend on which others were unknown.
+        """
+        missing = -len(images) % size
+        filled = functional.pad(images, [0] * 7 + [missing])
+        return torch.cat([memory.pack(self._teacher.answer(part)) for part in filled.split(size)])[: len(images)]
+
+    def _say_troubles(self, memory: TeacherMemory) -> None:
+        """Say each kind of trouble once: the run goes on as if the memory had known less."""
+        troubles = {
+            "damaged": memory.damaged and f"{memory.folder} holds answers that are not what was written: asked again",
+            "stopped": memory.stopped and f"new answers are not kept: {memory.stopped}",
+        }
+        for kind, text in troubles.items():
+            if text and kind not in self._noted:
+                self._noted.add(kind)
+                self._note(f"teacher memory: {text}")
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return to_device(tensor, self._device)
+
+    def _write(self, memory: TeacherMemory, views: Tensor, rows: Tensor) -> None:
+        if self._device.type != "cuda":
+            memory.record(views, rows.cpu())
+            return
+        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        on_host.copy_(rows, non_blocking=True)
+        arrived = torch.Event(self._device)
+        arrived.record()
+        self._unwritten.append(_Unwritten(views, on_host, arrived))
+
+    def _write_arrived(self, memory: TeacherMemory) -> None:
+        while self._unwritten and self._unwritten[0].arrived.query():
+            views, rows, _ = self._unwritten.pop(0)
+            memory.record(views, rows)
+
+    def flush(self) -> None:
+        """Record what is still on its way from the device."""
+        if self.memory is not None and self._unwritten:
+            self._unwritten[-1].arrived.synchronize()
+            self._write_arrived(self.memory)
+
+
+def _windows(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Group batches so that a window has many images, but neither large ones nor a wait before the first step."""
+    window: list[Batch] = []
+    for batch in batches:
+        window.append(batch)
+        images = sum(len(part.labels) for part in window)
+        if images >= _WINDOW_IMAGES or sum(part.images.nbytes for part in window) >= _WINDOW_BYTES:
+            yield window
+            window = []
+    if window:
+        yield window
