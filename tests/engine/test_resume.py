@@ -85,24 +85,29 @@ def killed_after(steps):
             yield
 
 
+EVERYTHING = (
+    *("engine.ema_decay=0.9", "optimizer={type: adamw}", "loss.1.beta={type: adaptive, base: 8}"),
+    "loss.2={type: ctkd}",
+)
+
+
+@pytest.fixture(scope="session", params=[(), EVERYTHING], ids=["sgd", "everything that a checkpoint may hold"])
+def undisturbed(request, toy_file, toy_teacher, tmp_path_factory):
+    """Settings, and a run with them that nothing disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cakd", *command(toy_file, toy_teacher), *request.param, "--out", str(out)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0
+    return request.param, out
+
+
 # 9 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
 @pytest.mark.parametrize("moment", [0, 3, 9, 13, 18, 26])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (),
-        (
-            "engine.ema_decay=0.9",
-            "optimizer={type: adamw}",
-            "loss.1.beta={type: adaptive, base: 8}",
-            "loss.2={type: ctkd}",
-        ),
-    ],
-    ids=["sgd", "everything that a checkpoint may hold"],
-)
-def test_killed_after_any_step(cakd, words, tmp_path, moment, settings):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert cakd(*words, *settings, "--out", straight).code == 0
+def test_killed_after_any_step(cakd, words, undisturbed, tmp_path, moment):
+    settings, straight = undisturbed
+    killed = tmp_path / "killed"
 
     with killed_after(moment):
         cakd(*words, *settings, "--out", killed)
