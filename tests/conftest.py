@@ -31,6 +31,12 @@ def home(_shared_home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path / "home"
 
 
+@pytest.fixture(autouse=True)
+def _short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast a network is decides no test."""
+    monkeypatch.setattr("cakd_cli.evaluation.cost._SECONDS", 0.01)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command left."""

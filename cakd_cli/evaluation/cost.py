@@ -11,6 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cakd_cli.machine.hardware import Hardware
 
+# How long a latency is measured.
+_SECONDS = 1.0
+
 
 def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Floating-point operations of one image's forward pass, 2 per multiply-add (papers often count 1)."""
@@ -36,7 +39,7 @@ def latency(model: nn.Module, image_shape: tuple[int, int, int], hardware: Hardw
         for _ in range(3):
             model(images)
         start = time.perf_counter()
-        while len(times) < 5 or (time.perf_counter() - start < 1 and len(times) < 200):
+        while len(times) < 5 or (time.perf_counter() - start < _SECONDS and len(times) < 200):
             hardware.wait()
             before = time.perf_counter()
             model(images)

@@ -33,7 +33,7 @@ COMMAND = (
     "--epochs",
     "3",
     "--batch-size",
-    "16",
+    "24",
     "--device",
     "cpu",
 )
@@ -103,8 +103,8 @@ def undisturbed(request, toy_file, toy_teacher, tmp_path_factory):
     return request.param, out
 
 
-# 9 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
-@pytest.mark.parametrize("moment", [0, 3, 9, 13, 18, 26])
+# 6 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
+@pytest.mark.parametrize("moment", [0, 2, 6, 8, 12, 17])
 def test_killed_after_any_step(cakd, words, undisturbed, tmp_path, moment):
     settings, straight = undisturbed
     killed = tmp_path / "killed"
@@ -122,17 +122,28 @@ def test_killed_after_any_step(cakd, words, undisturbed, tmp_path, moment):
         assert [again["command"][-1] for again in facts["resumed"]] == ["--resume"]
 
 
-@pytest.mark.parametrize("moment", [3, 13, 22])
-@pytest.mark.parametrize("where", ["off", "ram", "disk"])
-def test_killed_with_answers_half_known(cakd, words, tmp_path, monkeypatch, moment, where):
+@pytest.fixture(scope="session", params=["off", "ram", "disk"])
+def half_known(request, toy_file, toy_teacher, tmp_path_factory):
+    """Settings, and a run with them that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("half-known")
+    settings = (f"engine.teacher_memory={request.param}", "data.crop_padding=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAKD_HOME", str(folder / "home"))
+        patch.setattr(answers, "_WINDOW_IMAGES", 40)
+        words = [*command(toy_file, toy_teacher), *settings, "--out", str(folder / "run")]
+        patch.setattr(sys, "argv", ["cakd", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0
+    return settings, folder / "run"
+
+
+@pytest.mark.parametrize("moment", [2, 8, 15])
+def test_killed_with_answers_half_known(cakd, words, half_known, tmp_path, monkeypatch, moment):
     """Several windows an epoch, and a home of its own: the resumed run asks about other views together."""
     monkeypatch.setattr(answers, "_WINDOW_IMAGES", 40)
-    settings = (f"engine.teacher_memory={where}", "data.crop_padding=1")
-    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "one"))
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert cakd(*words, *settings, "--out", straight).code == 0
-
-    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "other"))
+    settings, straight = half_known
+    killed = tmp_path / "killed"
     with killed_after(moment):
         cakd(*words, *settings, "--out", killed)
     result = cakd(*words, *settings, "--out", killed, "--resume")
@@ -241,7 +252,8 @@ def wait_for(condition, process):
 
 
 def test_first_signal_saves_and_second_process_resumes(words, toy_file, tmp_path):
-    words = [word if word != "3" else "100000" for word in words]
+    # So long a run would try whether compiling pays.
+    words = [*(word if word != "3" else "100000" for word in words), "engine.compile=off", "engine.teacher_form=plain"]
     process = start(words, tmp_path / "run")
     wait_for(lambda: len(list((tmp_path / "run" / "checkpoints").glob("epoch-*"))) > 0, process)
     process.send_signal(signal.SIGTERM)
