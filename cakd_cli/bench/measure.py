@@ -77,13 +77,12 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     off = recipe.engine.model_copy(update={"teacher_memory": "off"})
     inputs = read_inputs(recipe.model_copy(update={"engine": off}))
     inputs.hardware.keep_freed_memory()
+    choices = decide(inputs)
+    for key, reason in choices.reasons.items():
+        progress.note(f"{key}: {reason}")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_scratch())
-        # The plain loop's networks are copied before the engine lays them out.
         ways = {"plain": _plain(inputs)} if plain else {}
-        choices = decide(inputs)
-        for key, reason in choices.reasons.items():
-            progress.note(f"{key}: {reason}")
         for name in ("live", "memory_warm"):
             if name == "memory_warm" and inputs.data.train.views is None:
                 progress.note("memory_warm: not measured, every epoch draws new views; data.views=8 would record some")
@@ -91,27 +90,32 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
             job = stack.enter_context(contextlib.closing(_job(choices, warm=name == "memory_warm")))
             ways[name] = _engine(job, directory, progress)
         seconds, steps, shares = _rounds(ways, recipe.engine.batch_size, len(inputs.data.train), progress)
-    batch = recipe.engine.batch_size
-    rates = {name: [steps[name] * batch / value for value in values] for name, values in seconds.items()}
-    ratios = {
-        name: [ours / base for ours, base in zip(rates[name], rates["plain"], strict=True)]
-        for name in rates
-        if plain and name != "plain"
-    }
     progress.note("peak memory: a process for each way")
     peaks = {name: _peak_in_its_own_process(choices.recipe, name) for name in ways}
-    flops = _flops(inputs)
-    peak_flops = _matrix_product(inputs.hardware)
-    return {
+    about = {
         "device": f"{inputs.hardware.device}: {inputs.hardware.name}",
         "versions": versions(),
         "student": recipe.model.label,
         "teacher": _teacher(inputs).name,
-        "batch_size": batch,
+        "batch_size": recipe.engine.batch_size,
         "image": list(inputs.data.input.shape),
         "engine": {key: getattr(choices.recipe.engine, key) for key in _CHOSEN},
-        "rounds": ROUNDS,
-        "steps": steps,
+    }
+    rates = {
+        name: [steps[name] * recipe.engine.batch_size / value for value in values] for name, values in seconds.items()
+    }
+    return about | {"rounds": ROUNDS, "steps": steps} | _figures(inputs, rates, shares) | {"peak_memory_bytes": peaks}
+
+
+def _figures(inputs: Inputs, rates: dict[str, list[float]], shares: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Summarise the rounds: rates, ratios to the plain loop where it ran, and shares of what the machine can do."""
+    ratios = {
+        name: [ours / base for ours, base in zip(rates[name], rates["plain"], strict=True)]
+        for name in rates
+        if "plain" in rates and name != "plain"
+    }
+    flops, peak_flops = _flops(inputs), _matrix_product(inputs.hardware)
+    return {
         "images_per_second": {name: _spread(values) for name, values in rates.items()},
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_spread": {name: _spread(values) for name, values in ratios.items()},
@@ -121,7 +125,6 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         "share_of_peak": {
             name: statistics.median(rates[name]) * flops[name] / peak_flops for name in shares if name in flops
         },
-        "peak_memory_bytes": peaks,
     }
 
 

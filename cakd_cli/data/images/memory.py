@@ -159,18 +159,7 @@ def memory_data_set(
             f"{source}: {len(class_names)} class names, {len(set(class_names))} of them different",
             hint="a classifier needs two classes at least, each with a name of its own",
         )
-    for part, (images, labels) in (("train", train), ("test", test)):
-        _check(images, labels, len(class_names), f"{source}: {part}")
-    if train[1].ndim != test[1].ndim:
-        raise InputError(
-            f"{source}: train labels are {tuple(train[1].shape)}, test labels {tuple(test[1].shape)}",
-            hint="both must be one integer an image, or both 0 and 1 of shape (images, classes)",
-        )
-    if train[0].shape[1:] != test[0].shape[1:]:
-        raise InputError(
-            f"{source}: train images are {tuple(train[0].shape[1:])}, test images {tuple(test[0].shape[1:])}",
-            hint="both must have one (channels, height, width)",
-        )
+    _check_parts(train, test, len(class_names), source)
     splits = [
         MemorySplit(
             images, _class_labels(labels), torch.arange(len(labels)), samples=len(labels), padding=padding, flip=flip
@@ -201,6 +190,21 @@ def memory_data_set(
 
 def _class_labels(labels: Tensor) -> Tensor:
     return labels.long() if labels.ndim == 1 else labels.bool()
+
+
+def _check_parts(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, source: str) -> None:
+    for part, (images, labels) in (("train", train), ("test", test)):
+        _check(images, labels, num_classes, f"{source}: {part}")
+    if train[1].ndim != test[1].ndim:
+        raise InputError(
+            f"{source}: train labels are {tuple(train[1].shape)}, test labels {tuple(test[1].shape)}",
+            hint="both must be one integer an image, or both 0 and 1 of shape (images, classes)",
+        )
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise InputError(
+            f"{source}: train images are {tuple(train[0].shape[1:])}, test images {tuple(test[0].shape[1:])}",
+            hint="both must have one (channels, height, width)",
+        )
 
 
 def _check(images: Tensor, labels: Tensor, num_classes: int, source: str) -> None:
