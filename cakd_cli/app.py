@@ -107,7 +107,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the whole story on data that ships with cakd, in about a minute."""
+    """Show the whole story on data that ships with cakd, in one to three minutes."""
     from cakd_cli.commands import demo as command
     from cakd_cli.console import Console
 

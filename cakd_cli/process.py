@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 from cakd_cli import app
-from cakd_cli.errors import CakdError, ExitCode, InputError, InterruptedRunError
+from cakd_cli.errors import CakdError, ExitCode, HardwareError, InputError, InterruptedRunError, first_line
 
 
 def main() -> NoReturn:
@@ -85,6 +85,11 @@ def _translate(error: Exception) -> CakdError:
         return InputError(f"a name or path is not text in this terminal's encoding: {error}")
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return InputError("a path begins with ~ and a name that is no user's")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; asking for the class would import it
+        return HardwareError(
+            f"the device's memory is full: {first_line(error)}",
+            hint="fewer images at a time: --batch-size, or engine.evaluation_batch_size",
+        )
     return CakdError(
         f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
     )

@@ -16,7 +16,9 @@ from cakd_cli import app as app_module
 from cakd_cli import process
 from cakd_cli.app import app
 from cakd_cli.commands import demo
+from cakd_cli.console import Console
 from cakd_cli.errors import CakdError, ExitCode
+from cakd_cli.models import ResNetSpec
 from tests.conftest import train_toy, write_tensors_file
 
 COMMON_TRAIN = {
@@ -649,3 +651,87 @@ def test_what_cannot_be_told(cakd):
     assert (unknown.code, other.code) == (2, 2)
     assert "no loss 'gdkdd'; did you mean gdkd" in unknown.err
     assert "cakd list models takes no name" in other.err
+
+
+def test_a_plan_says_where_weights_come_from_and_fetches_nothing(cakd, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: pytest.fail("fetched"))
+    torch.save(ResNetSpec(type="resnet20").build(in_channels=3, num_classes=100).state_dict(), tmp_path / "t.pth")
+    words = ("distill", "--data", "cifar100", "--loss", "kd", "--dry-run", "--teacher", "resnet20")
+    words = (*words, f"teacher.weights={tmp_path / 't.pth'}")
+    pretrained = "model={type: torchvision, name: resnet18, pretrained: true}"
+
+    fresh = cakd(*words, "--student", "resnet8")
+    document = cakd(*words, pretrained, "--json").document
+
+    assert fresh.code == 0, fresh.err
+    assert "student   resnet8, fresh weights: " in fresh.out
+    assert f"teacher   resnet20, weights of {tmp_path / 't.pth'}: " in fresh.out
+    assert "download  cifar100, 170 MB, into " in fresh.out
+    assert document["student"]["starts_from"] == "torchvision's published weights"
+    assert [text.split(",")[0] for text in document["to_fetch"]] == ["cifar100", "the weights of torchvision:resnet18"]
+    assert document["steps_per_epoch"] == 45_000 // 128
+    assert not home.exists()
+    assert not (tmp_path / "torch").exists()
+
+
+def test_a_plan_of_a_folder_creates_nothing(cakd, home, tmp_path):
+    write_pictures(tmp_path / "images")
+    words = ("train-teacher", "--data", f"folder:{tmp_path / 'images'}", "--model", "resnet8", "--batch-size", 4)
+    plan = cakd(*words, "data.decoded_gb=1", "--dry-run")
+
+    assert plan.code == 0, plan.err
+    assert "3 x 32 x 32 (auto: the shorter side of the median training image has 36 pixels)" in plan.out
+    assert not home.exists()
+
+
+def write_pictures(root):
+    from PIL import Image
+
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40 + i, 36), colour).save(root / part / name / f"{i}.png")
+
+
+def test_the_chosen_size_is_said_and_kept(cakd, tmp_path):
+    write_pictures(tmp_path / "images")
+    words = ("train-teacher", "--data", f"folder:{tmp_path / 'images'}", "--model", "resnet8", "--batch-size", 6)
+    result = cakd(*words, "--epochs", 1, "data.workers=0", "--out", tmp_path / "run")
+
+    assert result.code == 0, result.err
+    assert "data.image_size: 32 (the shorter side of the median training image has 36 pixels)" in result.err
+    assert "image_size: 32" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert cakd("eval", tmp_path / "run", "--json").document["samples"] == 8
+
+
+def test_several_teachers_are_the_flag_given_again(cakd, toy_file, toy_teacher, tmp_path):
+    words = ("distill", "--data", f"tensors:{toy_file}", "--student", "resnet8", "--loss", "kd", "--epochs", 1)
+    words = (*words, "--batch-size", 16, "--teacher", toy_teacher, f"--teacher={toy_teacher}")
+    result = cakd(*words, "--out", tmp_path / "run")
+
+    assert result.code == 0, result.err
+    assert f"teacher resnet8 of {toy_teacher} and resnet8 of {toy_teacher}: top-1" in result.err
+    report = cakd("eval", tmp_path / "run", "--teacher", toy_teacher, "--teacher", toy_teacher, "--json").document
+    assert " and " in report["teacher"]["name"]
+
+
+def test_the_bar_moves_between_two_looks_at_the_loss():
+    import io
+
+    from rich.console import Console as RichConsole
+
+    console = Console()
+    console.stderr = RichConsole(force_terminal=True, file=io.StringIO(), width=80)
+    console.start(epochs=2, steps_per_epoch=50, done=10, title="resnet8")
+    try:
+        (task,) = console._bar.tasks
+        assert (task.total, task.completed) == (100, 10)
+        console.tick(epoch=0, step=11)
+        assert task.completed == 11
+        # Not more often than an eye can see.
+        console.tick(epoch=0, step=12)
+        assert task.completed == 11
+    finally:
+        console.end()

@@ -100,3 +100,17 @@ def test_a_row_that_is_not_there(tmp_path):
 
     with pytest.raises(RecipeError, match=r"mine.yaml:3: published: no settings of 'cifar100/resnet32x4-resnet8'"):
         resolve([str(path)], {})
+
+
+def test_a_row_refines_the_term_that_it_names(monkeypatch):
+    """Of an objective of several terms that distil, the last is not always meant."""
+    rows = {
+        "set": {"a-b": {"cakd": {"beta": 6}, "kd": {"type": "cross-entropy", "weight": 0.3}, "cmkd": {"weight": 5}}}
+    }
+    monkeypatch.setattr(published, "table", lambda: rows)
+
+    found = published.objectives("set/a-b", losses.objectives())
+
+    assert [term.get("beta") for term in found["cakd"]] == [None, 6, None]
+    assert [term["weight"] for term in found["kd"]] == [0.3, 0.9]
+    assert found["cmkd"][-1]["weight"] == 5

@@ -78,8 +78,8 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     inputs = read_inputs(recipe.model_copy(update={"engine": off}))
     inputs.hardware.keep_freed_memory()
     choices = decide(inputs)
-    for key, reason in choices.reasons.items():
-        progress.note(f"{key}: {reason}")
+    for line in choices.lines():
+        progress.note(line)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_scratch())
         ways = {"plain": _plain(inputs)} if plain else {}
@@ -155,7 +155,7 @@ def _job(choices: Choices, *, warm: bool, made_up: bool = False) -> Job:
     assert source is not None
     if made_up:
         source = AnswerSource(_Zeros(_teacher(inputs)), source.memory, inputs.hardware.device, Silent().note)
-    return Job(recipe, inputs.hardware, inputs.data, make_task(inputs, recipe), inputs.teacher, source)
+    return Job(recipe, inputs.hardware, inputs.data, make_task(inputs, recipe), source)
 
 
 class _Zeros:

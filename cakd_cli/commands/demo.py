@@ -25,7 +25,7 @@ TEACHER, STUDENT = "digits/teacher", "digits/student"
 def run(*, out: str, overwrite: bool, console: Console) -> None:
     """Train a teacher, distil it into small students, compare them, and export one."""
     started = time.monotonic()
-    folder = Path(out)
+    folder = Path(out).expanduser()
     inner = Console(json_mode=console.json_mode, quiet=console.quiet or not console.verbose, bar=not console.quiet)
 
     def do(words: list[str], flags: Mapping[str, Any], *, distil: bool, name: str) -> str:

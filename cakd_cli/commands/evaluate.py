@@ -16,7 +16,7 @@ from cakd_cli.report import tables
 def run(run: str, flags: dict[str, Any], *, split: str, min_top1: float | None, console: Console) -> None:
     """Measure, show, and fail where the bar is not reached."""
     path = Path(run).expanduser()
-    saving.read_config(path)  # a folder that is none is told before anything else
+    saving.read_config(path)  # first of all: whether there is a network
     report = measure(path, recipe_of(path, flags), split=split, with_teacher=bool(flags.get("teacher")))
     failed = min_top1 is not None and report["quality"]["top1"] < min_top1
     if not (failed and console.json_mode):
@@ -33,6 +33,8 @@ def recipe_of(path: Path, flags: dict[str, Any]) -> Recipe:
     Raises:
         CakdError: If neither says on which data.
     """
+    # Answers are compared, whatever the run learnt from: so any teacher will do.
+    flags = {**flags, "loss": "cross-entropy"}
     recipe_file = path / "recipe.yaml"
     if recipe_file.is_file():
         run_directory.read_recipe(path)  # a damaged file is told apart from a wrong flag

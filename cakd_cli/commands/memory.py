@@ -112,7 +112,7 @@ def fill(words: list[str], flags: Mapping[str, Any], *, console: Console) -> Non
     Raises:
         CakdError: If the recipe cannot be run, or keeps no memory on disk.
     """
-    recipe = resolve(words, flags, defaults={"loss": "cakd"})
+    recipe = resolve(words, flags, defaults={"loss": "cakd"}, flag_names={"model": "--student"})
     if not recipe.needs_teacher:
         raise RecipeError("no term of the loss needs a teacher", hint="give the --loss of the runs to come")
     key, asked = fill_memory(read_inputs(recipe), console)

@@ -1,6 +1,6 @@
 """cakd train-teacher and cakd distill."""
 
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +57,15 @@ def train(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Co
     if wish.out == "":
         raise UsageError("--out is empty")
     recipe = _recipe(words, flags, wish)
-    path = Path(wish.out) if wish.out else _default_out(recipe, flags.get("loss"), distil=wish.distil)
+    method = flags.get("loss") or next(
+        (w.removeprefix("loss=") for w in words if re.fullmatch("loss=[a-z0-9-]+", w)), None
+    )
+    path = Path(wish.out).expanduser() if wish.out else _default_out(recipe, method, distil=wish.distil)
     run_directory.check_free(path, resume=wish.resume, overwrite=wish.overwrite)
     _check_sources(recipe, path)
     if wish.resume and (path / "recipe.yaml").is_file():
         recipe = as_begun(recipe, run_directory.read_recipe(path))
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    inputs = read_inputs(recipe, several_processes=several, fetch=not wish.dry_run)
+    inputs = read_inputs(recipe, fetch=not wish.dry_run)
     console.detail(strict_yaml.dump(run_directory.type_first(inputs.recipe.model_dump(mode="json"))))
     if recipe.teacher is not None and not recipe.needs_teacher:
         console.note("the teacher is not asked: no term of the loss needs it")
@@ -75,7 +77,7 @@ def train(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Co
 
 def _recipe(words: list[str], flags: Mapping[str, Any], wish: Wish) -> Recipe:
     """Make the recipe of what was typed, or of the run that goes on."""
-    saved = Path(wish.out) / "recipe.yaml" if wish.out and wish.resume else None
+    saved = Path(wish.out).expanduser() / "recipe.yaml" if wish.out and wish.resume else None
     if saved is not None and saved.is_file():
         run_directory.read_recipe(saved.parent)  # a damaged file is told apart from a wrong word
     elif saved is not None and not words and all(value is None for value in flags.values()):
@@ -99,7 +101,7 @@ def _check_sources(recipe: Recipe, out: Path) -> None:
     teachers = single_teachers(recipe.teacher)
     paths = (teacher.path if isinstance(teacher, RunTeacher) else teacher.weights for teacher in teachers)
     for source in (recipe.model.weights, *paths):
-        if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
+        if source is not None and Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise RecipeError(f"{source} lies in {out}, where the run would be written", hint="give another --out")
 
 

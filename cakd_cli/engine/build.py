@@ -1,7 +1,8 @@
-"""From a recipe to a run that can begin: read everything, choose what is automatic, build the task."""
+"""From a recipe to a run that can begin: read everything and, once all is chosen, build the task."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from cakd_cli.errors import HardwareError, RecipeError
 from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.recipe.schema import Recipe
-from cakd_cli.teachers import Teacher, load_teacher
+from cakd_cli.teachers import Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
 from cakd_cli.teachers.forms import make_form
 from cakd_cli.teachers.memory import TeacherMemory, identify
@@ -58,18 +59,17 @@ class Inputs:
         return len(self.data.train) // self.recipe.engine.batch_size
 
 
-def read_inputs(recipe: Recipe, *, several_processes: bool = False, fetch: bool = True) -> Inputs:
+def read_inputs(recipe: Recipe, *, fetch: bool = True) -> Inputs:
     """Read the data and the networks.
 
     Args:
         recipe: What to run.
-        several_processes: Whether this is one of several.
         fetch: Whether what is not here may be downloaded; without it stand-ins of the same sizes take its place.
 
     Raises:
         CakdError: If anything is missing or does not fit.
     """
-    if several_processes:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise HardwareError("several processes are not supported", hint="start one process, without torchrun")
     engine = recipe.engine
     machine = choose_hardware(engine.device, engine.precision, channels_last=engine.channels_last)
@@ -93,8 +93,6 @@ def read_inputs(recipe: Recipe, *, several_processes: bool = False, fetch: bool 
 
 
 def _to_fetch(recipe: Recipe) -> tuple[str, ...]:
-    from cakd_cli.teachers import single_teachers
-
     teachers = single_teachers(recipe.teacher) if recipe.needs_teacher else []
     return tuple(filter(None, (part.missing_file() for part in (recipe.data, recipe.model, *teachers))))
 
@@ -134,23 +132,17 @@ class Job:
         hardware: Where it runs.
         data: What it looks at.
         task: What it trains.
-        teacher: Who teaches; may be none.
         source: The teacher's answers to training batches; none without a teacher.
-        reasons: Why each automatic choice was made, by recipe key.
-        warnings: What the user should know before it begins.
     """
 
     recipe: Recipe
     hardware: Hardware
     data: ImageDataSet
     task: Task
-    teacher: Teacher | None
     source: AnswerSource | None
-    reasons: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
     def close(self) -> None:
-        """Give files free, and remove what was hooked into the networks."""
+        """Close files, and remove what was hooked into the networks."""
         self.task.close()
         if self.source is not None:
             self.source.close()

@@ -1,5 +1,11 @@
-"""Everything automatic, decided once with its reason: precision, form, memory, compiling, the average's length."""
+"""What a run leaves to cakd, decided once with its reason: form, memory, compiling, the length of the average.
 
+The device and its precision are found before, because the networks are read onto it; the size of a folder's images by
+the data itself. Their reasons come along.
+"""
+
+import contextlib
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,9 +16,10 @@ from rich.filesize import decimal
 
 from cakd_cli.data import Views
 from cakd_cli.engine.build import Inputs
+from cakd_cli.engine.task import taps
 from cakd_cli.errors import RecipeError
 from cakd_cli.machine.compiling import Trial, worth_compiling
-from cakd_cli.models.layers import Tap
+from cakd_cli.models.layers import Tap, Tapped, locate
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.recipe.schema import EngineOptions, Recipe
 from cakd_cli.teachers import Teacher, forms, memory
@@ -46,6 +53,16 @@ class Choices:
     reasons: dict[str, str]
     warnings: tuple[str, ...]
 
+    def lines(self) -> list[str]:
+        """Say each choice with its reason."""
+        return [f"{key}: {_value(self.recipe, key)} ({reason})" for key, reason in self.reasons.items()]
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    value = getattr(getattr(recipe, section), name)
+    return str(value).lower() if isinstance(value, bool) else value
+
 
 def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
     """Let a run go on as an earlier start of it chose: its choices take the place of ``auto``.
@@ -60,13 +77,14 @@ def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def decide(inputs: Inputs, *, measure: bool = True) -> Choices:
-    """Choose all that the recipe leaves open; nothing is built or written.
+def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Choices:
+    """Choose all that the recipe leaves open, before the run is built; nothing is written.
 
     Args:
         inputs: What the run reads.
         measure: Whether to measure the forms of the teacher and whether compiling pays; without it these stay
             ``auto``, for a plan that is not carried out.
+        student: Whether a student is trained at all.
 
     Raises:
         RecipeError: If a memory is asked for, and training has no end of views.
@@ -85,12 +103,14 @@ def decide(inputs: Inputs, *, measure: bool = True) -> Choices:
         engine = engine.model_copy(update=memory_choice.keys)
         if memory_choice.reason:
             reasons["engine.teacher_memory"] = memory_choice.reason
+        if engine.teacher_memory_features != inputs.recipe.engine.teacher_memory_features is True:
+            reasons["engine.teacher_memory_features"] = "there is no room on disk for both, or no linear classifier"
         if measure:
             form, why = _form(inputs, memory_choice.teacher, engine)
             if why:
                 reasons["engine.teacher_form"] = why
             engine = engine.model_copy(update={"teacher_form": form})
-    if measure and engine.compile != "off":
+    if measure and student and engine.compile != "off":
         compiled, reasons["engine.compile"] = _compiled(inputs, engine)
         engine = engine.model_copy(update={"compile": "on" if compiled else "off"})
     recipe = recipe.model_copy(update={"engine": engine})
@@ -102,7 +122,7 @@ def _average_decay(engine: EngineOptions, steps: int) -> tuple[float, list[str]]
     asked = engine.ema_decay
     if not asked or asked**steps <= _LEAST_FORGOTTEN:
         return asked, []
-    decay = round(_LEAST_FORGOTTEN ** (1 / steps), 6)
+    decay = math.floor(1e6 * _LEAST_FORGOTTEN ** (1 / steps)) / 1e6
     return decay, [
         f"engine.ema_decay={asked:g} averages over {1 / (1 - asked):,.0f} steps, and the run has {steps:,}: "
         f"{decay:g} is taken instead"
@@ -130,22 +150,18 @@ class _MemoryChoice:
     def __init__(self, inputs: Inputs, engine: EngineOptions, *, measure: bool) -> None:
         assert inputs.teacher is not None
         self._inputs, self._engine = inputs, engine
-        stored = self._stored(inputs.teacher, measure=measure)
         wide = None
         if engine.teacher_memory_features is not False and engine.teacher_memory in ("auto", "disk"):
             wide = self._with_features(inputs.teacher)
-        where, reason, self.teacher = "", "", inputs.teacher
-        if wide is not None:
-            where, reason = self._where(wide, stored)
-            self.teacher = wide
-        if where != "disk":
-            self.teacher = inputs.teacher
-            where, reason = self._where(inputs.teacher, stored)
-        self.reason = reason
+        for teacher in filter(None, (wide, inputs.teacher)):
+            self.teacher, stored = teacher, self._stored(teacher, measure=measure)
+            where, self.reason = self._where(teacher, stored)
+            if where == "disk":
+                break
         self.keys: Mapping[str, Any] = {
             "teacher_memory": where,
             "teacher_memory_precision": stored,
-            "teacher_memory_features": self.teacher is wide,
+            "teacher_memory_features": any(tap.of_input for tap in self.teacher.taps),
         }
 
     def _stored(self, teacher: Teacher, *, measure: bool) -> str:
@@ -157,11 +173,9 @@ class _MemoryChoice:
             return "fp32"
         if not measure:
             return "fp16"
-        form = Form(teacher, "plain", machine)
-        try:
-            return "fp32" if forms.loses_digits_in_half(form.answer(self._inputs.first_images()[:1])) else "fp16"
-        finally:
-            form.close()
+        with contextlib.closing(Form(teacher, "plain", machine)) as form:
+            answers = form.answer(self._inputs.first_images()[:16])
+        return "fp32" if forms.loses_digits_in_half(answers) else "fp16"
 
     def _with_features(self, teacher: Teacher) -> Teacher | None:
         if teacher.taps or teacher.is_ensemble:
@@ -252,8 +266,12 @@ def _expected_asks(inputs: Inputs, engine: EngineOptions) -> int:
 
 def _compiled(inputs: Inputs, engine: EngineOptions) -> tuple[bool, str]:
     """Decide whether the student's pass is compiled, and say why."""
+    looks = [look for term in inputs.recipe.loss for look in term.needs.student_layers]
+    example = inputs.data.input.example(inputs.hardware.device)
+    found = locate(inputs.student, taps(looks), inputs.data.num_classes, example, name="the student")
     normalise = Normalisation(inputs.data.mean, inputs.data.std, inputs.hardware)
     images = inputs.first_images()
-    part = images[: -(-len(images) // engine.gradient_accumulation)]
-    trial = Trial(inputs.student, normalise(part), inputs.steps_per_epoch * engine.epochs, engine.gradient_accumulation)
-    return worth_compiling(trial, inputs.hardware, asked_for=engine.compile == "on")
+    images = normalise(images[: -(-len(images) // engine.gradient_accumulation)])
+    with contextlib.closing(Tapped(inputs.student, found.taps)) as network:
+        trial = Trial(network, images, inputs.steps_per_epoch * engine.epochs, engine.gradient_accumulation)
+        return worth_compiling(trial, inputs.hardware, asked_for=engine.compile == "on")

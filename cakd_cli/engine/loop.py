@@ -31,7 +31,7 @@ class Trainer:
     """Everything that changes while a run runs."""
 
     def __init__(self, job: Job, run: RunDirectory, progress: Progress, stop: StopRequest) -> None:
-        self.job, self.run, self.progress, self.stop = job, run, progress, stop
+        self.run, self.progress, self.stop = run, progress, stop
         self.recipe, self.data, self.task, self.source = job.recipe, job.data, job.task, job.source
         self.hardware = job.hardware
         self.steps_per_epoch = len(job.data.train) // job.recipe.engine.batch_size
@@ -94,7 +94,8 @@ class Trainer:
                     self._save_if_due()
                 if self.step < self.steps_per_epoch:
                     self._stop_if_asked()
-        return self._end_epoch(time.perf_counter() - started, (self.step - first_step) * engine.batch_size)
+        means = self._means()  # waits for the device: the time is told after it
+        return self._end_epoch(means, time.perf_counter() - started, (self.step - first_step) * engine.batch_size)
 
     def train_step(self, batch: Batch, answers: Answers | None) -> None:
         """Learn from one batch, in the parts that the recipe asks for."""
@@ -110,7 +111,8 @@ class Trainer:
         with self.task.watch("optimizer"):
             # The sum over the epoch holds the loss of every part of this batch.
             assert self.sums is not None
-            self.optimizer.step(self.epoch * self.steps_per_epoch + self.step, self.sums[0])
+            loss = self.sums[self.part_names.index("loss")]
+            self.optimizer.step(self.epoch * self.steps_per_epoch + self.step, loss)
         self.step += 1
 
     def _batches(self) -> Generator[tuple[Batch, Answers | None], None, None]:
@@ -129,8 +131,8 @@ class Trainer:
         else:
             yield from self.source.beside(batches, self.task.watch)
 
-    def _end_epoch(self, seconds: float, images: int) -> dict[str, Any]:
-        means, number = self._means(), self.epoch + 1
+    def _end_epoch(self, means: dict[str, float], seconds: float, images: int) -> dict[str, Any]:
+        number = self.epoch + 1
         self._say_imbalance()
         changing = self.weights.changing(number)
         self.weights.end_epoch(self.task.parts_by_term(means))
@@ -155,7 +157,7 @@ class Trainer:
         self.sums += values
 
     def _means(self) -> dict[str, float]:
-        """Mean of each part over the epoch so far. The one place where the host waits for the device."""
+        """Mean of each part over the epoch so far. The one place in an epoch where the host waits for the device."""
         assert self.sums is not None
         guard = torch.stack([self.optimizer.raised, self.optimizer.first_bad_step])
         values = torch.cat([self.sums, guard, self.norms]).tolist()

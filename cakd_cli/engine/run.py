@@ -54,25 +54,28 @@ def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: P
     """
     directory = RunDirectory.open(out, resume=resume, overwrite=overwrite)
     try:
-        before = directory.facts()
+        before = {} if overwrite else directory.facts()
         whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
+        planned = decide(inputs, measure=False)
+        if (out / "recipe.yaml").is_file() and not overwrite:
+            run_directory.check_same_recipe(run_directory.read_recipe(out), planned.recipe, out)
         if before.get("ended") == "completed" and whole:
-            run_directory.check_same_recipe(run_directory.read_recipe(out), decide(inputs, measure=False).recipe, out)
             progress.note(f"{out} is already finished")
             return before
-        checkpoint = directory.latest_checkpoint()
+        checkpoint = None if overwrite else directory.latest_checkpoint()
+        if checkpoint is not None:
+            _check_same_inputs(before, _facts(planned), out)
         inputs.hardware.keep_freed_memory()
         with _torch_errors(inputs.recipe):
             choices = decide(inputs)
-        if (out / "recipe.yaml").is_file():
-            run_directory.check_same_recipe(run_directory.read_recipe(out), choices.recipe, out)
         facts = _facts(choices)
         if checkpoint is not None:
-            _check_same_inputs(before, facts, out)
             facts = _gone_on(before, facts)
         with _torch_errors(choices.recipe):
             job = _build(choices, facts, progress)
         with contextlib.closing(job):
+            if overwrite:
+                directory.clear()  # not sooner: what cannot begin replaces nothing
             directory.write_recipe(job.recipe)
             return _train(job, directory, checkpoint, facts, progress)
     finally:
@@ -82,16 +85,21 @@ def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: P
 def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
     """Say what was chosen, check the teacher and build the run; a teacher that cannot teach ends it here."""
     inputs, recipe = choices.inputs, choices.recipe
-    for key, reason in choices.reasons.items():
-        progress.note(f"{key}: {_value(recipe, key)} ({reason})")
+    for line in choices.lines():
+        progress.note(line)
     for line in choices.warnings:
         progress.warn(line)
     checked = _check_teacher(choices, facts["data"], progress)
     source = make_source(inputs, recipe, progress.note)
     if source is not None and source.memory is not None and source.memory.folder is not None:
         memory.write_check(source.memory.identity, facts["data"], checked)
-    task = make_task(inputs, recipe)
-    return Job(recipe, inputs.hardware, inputs.data, task, inputs.teacher, source, choices.reasons, choices.warnings)
+    try:
+        task = make_task(inputs, recipe)
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+    return Job(recipe, inputs.hardware, inputs.data, task, source)
 
 
 def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progress) -> dict[str, float]:
@@ -193,14 +201,13 @@ def fill_memory(inputs: Inputs, progress: Progress) -> tuple[str, int]:
         RecipeError: If the recipe keeps no memory on disk.
         InputError: If the disk is full.
     """
+    planned = decide(inputs, measure=False)
+    where = planned.recipe.engine.teacher_memory
+    if where != "disk":
+        why = planned.reasons.get("engine.teacher_memory", "as the recipe says")
+        raise RecipeError(f"this recipe keeps no memory on disk: engine.teacher_memory is {where} ({why})")
     with _torch_errors(inputs.recipe):
-        choices = decide(inputs)
-        engine = choices.recipe.engine
-        if engine.teacher_memory != "disk":
-            why = choices.reasons.get("engine.teacher_memory", "as the recipe says")
-            raise RecipeError(
-                f"this recipe keeps no memory on disk: engine.teacher_memory is {engine.teacher_memory} ({why})"
-            )
+        choices = decide(inputs, student=False)
         with contextlib.closing(_build(choices, _facts(choices), progress)) as job:
             return _fill(job, progress)
 
@@ -280,7 +287,7 @@ def _facts(choices: Choices) -> dict[str, Any]:
 
 def _gone_on(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Leave on record how the run began, and add that it went on."""
-    began = {key: before[key] for key in (*_BEGINNING, "chosen") if key in before}
+    began = {key: before[key] for key in (*_BEGINNING, "chosen", "warnings") if key in before}
     again = {key: facts[key] for key in _BEGINNING}
     return facts | began | {"resumed": [*before.get("resumed", []), again]}
 
@@ -290,10 +297,13 @@ def _torch_errors(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        batch, parts = recipe.engine.batch_size, recipe.engine.gradient_accumulation
+        more = next((number for number in range(2 * parts, batch + 1) if batch % number == 0), None)
         raise HardwareError(
-            f"the memory of {recipe.engine.device} is full: {first_line(error)}",
-            hint=f"cut the batch of {recipe.engine.batch_size} into parts: "
-            f"engine.gradient_accumulation={2 * recipe.engine.gradient_accumulation}",
+            f"the device's memory is full: {first_line(error)}",
+            hint=f"cut the batch of {batch} into parts: engine.gradient_accumulation={more}"
+            if more
+            else "a smaller network, or smaller images",
         ) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -317,12 +327,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    section, name = key.split(".")
-    value = getattr(getattr(recipe, section), name)
-    return {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
 
 
 def _now() -> str:

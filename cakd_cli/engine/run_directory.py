@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +26,7 @@ from cakd_cli.files import whole_folder, write_json, write_tensors, write_text
 from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.schema import Recipe
 
-# Keys that may change between a run and its continuation: they do not change its result.
+# Keys that may change between a run and its continuation.
 _FREE_KEYS = (
     *("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root"),
     # How it computes, not what: like another device, these may change the last digits.
@@ -35,7 +35,8 @@ _FREE_KEYS = (
 )
 # In the order in which a run is removed, its exports included: what marks the folder as a run goes last.
 _OWN_NAMES = (
-    *("checkpoints", "export", "model.*", "metrics.jsonl", "config.json", "README.md"),
+    *("checkpoints", "export", "model.onnx", "model.pt2", "model.safetensors", "metrics.jsonl", "config.json"),
+    "README.md",
     *("run.json", "recipe.yaml"),
 )
 
@@ -67,7 +68,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, *, resume: bool, overwrite: bool) -> "RunDirectory":
-        """Create or enter a folder, lock it, and remove what a killed process or an overwritten run left.
+        """Create or enter a folder, lock it, and remove what a killed process left.
 
         Raises:
             InputError: If another process is using it, or as :func:`check_free`.
@@ -88,23 +89,25 @@ class RunDirectory:
         directory = cls(path, lock, created)
         try:
             check_free(path, resume=resume, overwrite=overwrite)
-            directory._clean(all_of_it=overwrite)
+            directory._remove(entry.name for entry in path.iterdir() if _is_temporary(entry.name))
         except BaseException:
             directory.close()
             raise
         return directory
 
-    def _clean(self, *, all_of_it: bool) -> None:
-        names = _OWN_NAMES if all_of_it else ()
-        leftovers = [entry.name for entry in self.path.iterdir() if _is_temporary(entry.name)]
-        for path in (path for name in (*leftovers, *names) for path in sorted(self.path.glob(name))):
+    def clear(self) -> None:
+        """Remove the run that is here, and its exports."""
+        self._remove(_OWN_NAMES)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for path in [self.path / name for name in names]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the folder free; what was made for a run that never began goes again."""
+        """Unlock the folder; what was made for a run that never began is removed again."""
         try:
             if self._created and [entry.name for entry in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
@@ -151,7 +154,7 @@ class RunDirectory:
         return lines
 
     def keep_metrics(self, epochs: int) -> None:
-        """Drop the lines of epochs that a resumed run will live again."""
+        """Drop the lines of epochs that a resumed run repeats."""
         lines = [line for line in self.metrics() if line["epoch"] <= epochs]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -92,7 +92,11 @@ class Task(nn.Module):
         self._student_names = _names(looks, found.taps)
         self._teacher_names = _names(teacher_looks(terms), teacher.taps if teacher is not None else ())
         self._part_names: dict[tuple[int, str], str] = {}  # by term and its own name for a part
-        self.term_modules = self._make_modules(terms, found, teacher).to(hardware.device)
+        try:
+            self.term_modules = self._make_modules(terms, found, teacher).to(hardware.device)
+        except BaseException:
+            tapped.close()
+            raise
 
     def _make_modules(self, terms: Sequence[Term], found: Located, teacher: Teacher | None) -> nn.ModuleDict:
         modules = nn.ModuleDict()

@@ -12,8 +12,8 @@ class Format(NamedTuple):
 
     Attributes:
         suffix: Of its files; empty for a folder.
-        default: Name inside a run directory unless another is given; ``model.*`` or ``export``, which a run that is
-            replaced removes.
+        default: Name inside a run directory unless another is given; a run that is replaced removes it
+            (``engine/run_directory.py``).
         tolerance: Largest difference of a logit, as a share of the largest logit: programs add in another order.
         module: Where it is written and read again.
     """

@@ -14,9 +14,7 @@ from cakd_cli.errors import CheckFailedError, InputError, RecipeError, first_lin
 from cakd_cli.export import check
 from cakd_cli.export.formats import FORMATS
 from cakd_cli.files import flush, whole_file
-from cakd_cli.models.saving import SavedModel
-
-_FOLDERS_FILES = ("model.safetensors", "config.json", "README.md")
+from cakd_cli.models.saving import FILES, SavedModel
 
 
 def export(saved: SavedModel, images: Tensor, target: Path, format: str) -> dict[str, Any]:  # noqa: A002
@@ -48,6 +46,7 @@ def export(saved: SavedModel, images: Tensor, target: Path, format: str) -> dict
         except OSError:
             raise
         except Exception as error:
+            # The exporters wrap whatever ends them, Ctrl-C included.
             if isinstance(error.__cause__, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from error
             raise CheckFailedError(
@@ -61,7 +60,7 @@ def export(saved: SavedModel, images: Tensor, target: Path, format: str) -> dict
 
 @contextlib.contextmanager
 def _folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside the target; on success its files take their places one by one.
+    """Give a folder inside the target; on success its files take their places one by one.
 
     Raises:
         InputError: If the target holds other files than such a folder's.
@@ -69,17 +68,21 @@ def _folder(target: Path) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file", hint="choose another folder with --out")
     others = [entry.name for entry in target.iterdir()] if target.is_dir() else []
-    others = [name for name in others if name not in _FOLDERS_FILES]
+    others = [name for name in others if name not in FILES]
     if others:
         raise InputError(f"{target} holds other files: {others[0]}", hint="choose an empty folder with --out")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    created = not target.exists()
+    temporary = target / f".{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        target.mkdir(exist_ok=True)
-        for name in _FOLDERS_FILES:
+        for name in FILES:
             flush(temporary / name)
             (temporary / name).replace(target / name)
         flush(target)
+    except BaseException:
+        if created:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

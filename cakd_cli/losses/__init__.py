@@ -1,6 +1,7 @@
-"""What a student learns from: pure functions of logits, usable without the rest of cakd.
+"""What a student learns from: pure functions of tensors, usable without the rest of cakd.
 
-Each function returns a :class:`LossOutput`; each options class beside it is the method's place in a recipe.
+A loss returns a :class:`LossOutput`; the options class beside it is the method's place in a recipe. The functions whose
+names are here are public, also those that no recipe runs.
 """
 
 from collections.abc import Mapping, Sequence

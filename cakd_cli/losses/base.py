@@ -50,7 +50,7 @@ class Needs(NamedTuple):
     """What a term needs beside the student's logits and the labels.
 
     Attributes:
-        teacher: Whether it compares with a teacher's logits.
+        teacher: Whether it needs a teacher at all.
         student_layers: Of the student.
         teacher_layers: Of the teacher.
     """
@@ -98,7 +98,10 @@ class Lesson:
 
 
 class Term(Options):
-    """One entry of a recipe's ``loss:`` list: its settings, what it needs, what it trains, and the loss of a batch."""
+    """One entry of a recipe's ``loss:`` list: its settings, what it needs, what it trains, and the loss of a batch.
+
+    A kind of term says its ``type``, ``formula`` and ``objectives``, and computes in :meth:`__call__`.
+    """
 
     paper: ClassVar[str] = ""
     # Of the unweighted term.
@@ -173,7 +176,7 @@ class Term(Options):
 
 
 class LogitTerm(Term):
-    """A term that calls a function of both networks' logits with its own settings.
+    """A term on both networks' logits; by itself it calls a function of them with its own settings.
 
     Attributes:
         function: Takes student logits, teacher logits, the labels if ``of_labels``, and the settings by name.

@@ -67,10 +67,18 @@ class CAKDTerm(SoftenedTerm):
     # The published text gives the form (cross-entropy 1, 20 of 240 epochs of warm-up, temperature 4) but neither
     # alpha nor beta; 1 and 8 are DKD's for ResNet32x4 -> ResNet8x4, whose loss this is for S = {label}.
     objectives: ClassVar[Objectives] = {
-        "cakd-logits": ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"})
+        "cakd-logits": ({"type": "cross-entropy"}, {"type": "cakd", "warmup_epochs": "auto"}),
+        "cakd": (
+            {"type": "cross-entropy"},
+            {"type": "cakd", "warmup_epochs": "auto"},
+            # Over features, losses/features; 20 and beta 2 are the search's, the paper gives neither.
+            {"type": "cakd-features", "weight": 20.0, "warmup_epochs": "auto"},
+        ),
     }
-
-    summaries: ClassVar[Mapping[str, str]] = {"cakd-logits": "CAKD's first half, over logits with S = {label}."}
+    summaries: ClassVar[Mapping[str, str]] = {
+        "cakd-logits": "CAKD's first half, over logits with S = {label}.",
+        "cakd": "CAKD as its paper has it, over logits and over features.",
+    }
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "scd", "beta": "wcd"}
     beside: ClassVar[Sequence[str]] = ("bcd",)
 

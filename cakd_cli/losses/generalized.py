@@ -266,7 +266,9 @@ class GDKDTerm(_GeneralizedTerm):
             return super().__call__(lesson, module)
         assert lesson.teacher_BC is not None
         mode = "global" if self.standardise is True else self.standardise
-        return ls_gdkd(lesson.student_BC, lesson.teacher_BC, norm_mode=mode, **self.settings())
+        output = ls_gdkd(lesson.student_BC, lesson.teacher_BC, norm_mode=mode, **self.settings())
+        # What was subtracted and divided by is no part of the loss.
+        return LossOutput(output.total, {name: output.parts[name] for name in self.weighs.values()})
 
 
 class GDKD3Term(_GeneralizedTerm):

@@ -47,7 +47,7 @@ class Trial:
     """What a run would compile.
 
     Attributes:
-        network: Maps a prepared batch to logits; on the device.
+        network: Maps a prepared batch to a tensor, or to several by name; on the device.
         images: Input of the network, as many as a step sees at a time.
         steps: Steps of the run.
         parts: Into which each step's batch is cut.
@@ -102,8 +102,11 @@ def _seconds(network: Callable[[Tensor], Any], images: Tensor, hardware: Hardwar
     hardware.wait()
     started = time.perf_counter()
     with hardware.autocast():
-        logits = network(images)
+        answers = network(images)
+    total = torch.zeros((), device=images.device)
+    for answer in answers.values() if isinstance(answers, dict) else (answers,):
+        total = total + answer.float().square().mean()
     # Gradients pile up in the copy, which costs what it costs in a step.
-    logits.float().square().mean().backward()
+    total.backward()
     hardware.wait()
     return time.perf_counter() - started

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class Hardware:
 
 
 def choose_hardware(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Hardware:
-    """Find the device and the precision that were asked for, or the best that are here.
+    """Find the device and the precision that were asked for, or the best that are here, and make it the process's own.
 
     Args:
         device: ``auto``, or a name of torch's.
@@ -142,8 +143,13 @@ def _native_bf16(device: torch.device) -> str:
     if device.type == "cuda":
         return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
     if device.type == "cpu":
-        return next((name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)), "")
+        return next((name for name in ("amx_bf16", "avx512_bf16") if _cpu_capabilities().get(name)), "")
     return ""
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    # Not every build of torch can tell.
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def describe(device: torch.device) -> str:
@@ -151,5 +157,5 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+        return f"{_cpu_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
     return device.type

@@ -37,7 +37,11 @@ def model_card(saved: "SavedModel") -> str:
     for split, metrics in facts.get("metrics", {}).items():
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
         lines.append(f"- {split}: {values}")
-    lines += ["", "Measure it with `cakd eval FOLDER --data DATA`. After `cakd export FOLDER --format onnx`:", ""]
+    lines += [
+        "",
+        "Measure it with `cakd eval FOLDER --data DATA`; use the file of `cakd export RUN --format onnx` so:",
+        "",
+    ]
     return "\n".join([*lines, "```python", _script(shown, saved.class_names), "```", ""])
 
 

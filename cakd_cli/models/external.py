@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -96,14 +97,10 @@ class TorchvisionSpec(ExternalSpec):
         return models.get_model_weights(self.name).DEFAULT
 
     def missing_file(self) -> str | None:
-        import torch
-
         if not self.pretrained or self.weights is not None:
             return None
         self._check_name()
-        url = self._weights().url
-        here = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-        return None if here.is_file() else f"the weights of {self.label}, from {url}"
+        return _missing_download(self.label, self._weights().url)
 
     def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
         model = self.build(in_channels=in_channels, num_classes=num_classes)
@@ -143,11 +140,13 @@ class TimmSpec(ExternalSpec):
     def missing_file(self) -> str | None:
         if not self.pretrained or self.weights is not None:
             return None
+        config = self._timm().get_pretrained_cfg(self.name)
+        if config is None:
+            return None
+        if not config.hf_hub_id:
+            return _missing_download(self.label, config.url) if config.url else None
         from huggingface_hub import try_to_load_from_cache
 
-        config = self._timm().get_pretrained_cfg(self.name)
-        if config is None or not config.hf_hub_id:
-            return None
         here = [try_to_load_from_cache(config.hf_hub_id, name) for name in ("model.safetensors", "pytorch_model.bin")]
         found = any(isinstance(path, str) and os.path.exists(path) for path in here)
         return None if found else f"the weights of {self.label}, from the Hugging Face hub ({config.hf_hub_id})"
@@ -166,6 +165,11 @@ class TimmSpec(ExternalSpec):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         config = self._timm().get_pretrained_cfg(self.name)
         return tuple(config.mean), tuple(config.std)
+
+
+def _missing_download(label: str, url: str) -> str | None:
+    here = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return None if here.is_file() else f"the weights of {label}, from {url}"
 
 
 def load_but_head(model: nn.Module, state: Mapping[str, Any], *, source: str) -> None:

@@ -18,7 +18,7 @@ def initial_network(spec: ModelSpec, example: Tensor, num_classes: int, *, fetch
         spec: The recipe's.
         example: (1, channels, height, width).
         num_classes: Logits that it answers with.
-        fetch: Whether published weights may be downloaded; without them the network is fresh.
+        fetch: Whether published weights may be downloaded; otherwise the network is fresh, and of the same sizes.
 
     Raises:
         InputError: If its weights are missing or do not fit.
@@ -27,9 +27,7 @@ def initial_network(spec: ModelSpec, example: Tensor, num_classes: int, *, fetch
     sizes = {"in_channels": example.shape[1], "num_classes": num_classes}
     pretrained = isinstance(spec, ExternalSpec) and spec.pretrained
     if isinstance(spec, ExternalSpec) and pretrained and spec.weights is None:
-        if fetch or spec.missing_file() is None:
-            return spec.published(**sizes)
-        return spec.build(**sizes)
+        return spec.published(**sizes) if fetch else spec.build(**sizes)
     model = spec.build(**sizes)
     if spec.weights is not None:
         # Published weights from a file may have another head; weights that somebody trained must fit.

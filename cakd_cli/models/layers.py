@@ -6,6 +6,7 @@ its logits are, and a compiler sees a function from images to tensors.
 Shape suffixes: B batch, C classes, D elements of a layer.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -203,9 +204,9 @@ def locate(network: nn.Module, taps: Sequence[Tap], num_classes: int, example: T
     shapes: dict[str, tuple[int, ...]] = {LOGITS: (num_classes,)}
     for tap in taps:
         tap = _with_module(network, tap, num_classes, name)
-        probe = Tapped(copy.deepcopy(network).eval(), [tap])
         try:
-            shape = tuple(probe(example)[str(tap)].shape[1:])
+            with contextlib.closing(Tapped(copy.deepcopy(network).eval(), [tap])) as probe:
+                shape = tuple(probe(example)[str(tap)].shape[1:])
         except (RuntimeError, AttributeError, TypeError) as error:
             raise RecipeError(f"layer '{tap.layer}' of {name} cannot be tapped: {first_line(error)}") from error
         if tap.form == "map" and len(shape) != 3:

@@ -23,6 +23,9 @@ from cakd_cli.models import ModelOptions, ModelSpec, TimmSpec, card
 from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.models.weights import load_state, read_state
 
+# What :func:`write` leaves.
+FILES = ("model.safetensors", "config.json", "README.md")
+
 _SPEC: TypeAdapter[ModelSpec] = TypeAdapter(ModelOptions)
 
 

@@ -74,11 +74,11 @@ def resolve(
         defaults: Values by key for what neither a file nor a word sets.
 
     Returns:
-        The recipe; what the machine decides, all under ``engine``, may still be ``auto``.
+        The recipe; what the machine and the files decide, under ``engine`` and ``data``, may still be ``auto``.
 
     Raises:
-        UsageError: If a word is neither a recipe nor KEY=VALUE.
-        RecipeError: With every mistake in one message.
+        UsageError: If two recipes are named.
+        RecipeError: If there is no such recipe, or with every mistake in one message.
     """
     names, overrides = _sort_words([*([str(file)] if file else []), *words])
     mistakes = _Mistakes()
@@ -196,12 +196,14 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
         return {"type": value}
     if key == "teacher" and not value:
         mistakes.add(origin, "teacher: is empty")
+    if key == "teacher" and value.startswith("["):
+        mistakes.add(origin, "teacher: several are --teacher given again, or teacher=[a, b]")
     if key == "teacher":
         name, _, argument = value.partition(":")
         if name in ("torchvision", "timm") and argument:
             return {"type": name, "name": argument, "pretrained": True}
-        if name in models.names() and not Path(value).exists():
-            return {"type": name}
+        if value in models.names() and not Path(value).exists():
+            return {"type": value}
         return {"type": "run", "path": value}
     if key == "loss":
         if value not in methods:
@@ -244,7 +246,7 @@ def _assign(raw: dict[str, Any], assignment: _Assignment, methods: Mapping[str, 
         if len(assignment.keys) == 1:
             value = _expand(last, value, methods, mistakes, assignment.origin)
             before = node.get(last)
-            if isinstance(value, dict) and isinstance(assignment.value, str) and isinstance(before, dict):
+            if isinstance(value, dict) and isinstance(assignment.value, str | tuple) and isinstance(before, dict):
                 # A short form of the same kind changes what it names and keeps the other settings.
                 value = {**before, **value} if before.get("type") == value["type"] else value
         node[last] = value

@@ -30,7 +30,7 @@ class Answering(Protocol):
         """Map uint8 images (batch, channels, height, width) to float32 answers by name, without gradient."""
 
     def close(self) -> None:
-        """Give free what it holds."""
+        """Let go of what it holds."""
 
 
 class _Unwritten(NamedTuple):
@@ -78,7 +78,7 @@ class AnswerSource:
         return counts
 
     def close(self) -> None:
-        """Give the memory's files free, and what the teacher holds."""
+        """Close the memory's files, and let the teacher go."""
         self._teacher.close()
         if self.memory is not None:
             self.memory.close()

@@ -107,6 +107,8 @@ def make_form(teacher: Teacher, name: str, hardware: Hardware) -> Form:
     """
     try:
         return Form(teacher, name, hardware)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         # Tracing runs the code of anybody's network, which may fail with anything.
         raise RecipeError(
@@ -164,8 +166,10 @@ def _forms_that_agree(
     teacher: Teacher, hardware: Hardware, images: Tensor, names: list[str], *, asked_for: bool
 ) -> tuple[dict[str, Form], list[str]]:
     """Make the forms of these names whose answers agree, and say why the others are left out."""
-    exact = Form(teacher, "plain", hardware.full_precision()).answer(images)
-    bar = max(_SLACK * _distance(Form(teacher, "plain", hardware).answer(images), exact), _FLOOR)
+    with contextlib.closing(Form(teacher, "plain", hardware.full_precision())) as form:
+        exact = form.answer(images)
+    with contextlib.closing(Form(teacher, "plain", hardware)) as form:
+        bar = max(_SLACK * _distance(form.answer(images), exact), _FLOOR)
     forms: dict[str, Form] = {}
     refused = []
     for name in names:
@@ -182,6 +186,7 @@ def _forms_that_agree(
         if distance <= bar:
             forms[name] = form
         else:
+            form.close()
             refused.append(f"{name} answers differently by {distance:.1e}")
     return forms, refused
 

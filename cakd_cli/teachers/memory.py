@@ -315,7 +315,7 @@ class TeacherMemory:
         return sum(rows), len(rows) - sum(rows)
 
     def close(self) -> None:
-        """Give the files free."""
+        """Close the files."""
         self._close_files()
 
     def _checksum(self, view: int) -> int:

@@ -140,7 +140,8 @@ def _check_classes(names: tuple[str, ...], data: ImageDataSet, path: str) -> Non
             f"the teacher {path} knows {len(names)} classes, {data.name} has {data.num_classes}",
             hint="train a teacher on this data: cakd train-teacher",
         )
-    if names != data.class_names:
+    # Of data that only stands for what is not here the names are not known.
+    if names != data.class_names and data.fingerprint:
         i = next(i for i, pair in enumerate(zip(names, data.class_names, strict=True)) if pair[0] != pair[1])
         raise RecipeError(
             f"the teacher {path} and {data.name} name their classes differently: "

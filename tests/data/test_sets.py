@@ -426,3 +426,69 @@ def test_noise_has_the_shape_that_was_asked_for():
 
     assert (len(data.train), data.channels, data.image_size, data.num_classes) == (50, 1, (12, 12), 7)
     assert data.fingerprint == load(type="noise", channels=1, image_size=12, classes=7, images=50).fingerprint
+
+
+def test_the_size_of_a_folders_images_is_chosen_from_its_files(folder):
+    spec = TypeAdapter(DataOptions).validate_python({"type": "folder", "path": str(folder)})
+
+    chosen, why = spec.without_auto()
+
+    # The pictures are 40 x 30 and wider.
+    assert chosen.image_size == 24
+    assert why == {"image_size": "the shorter side of the median training image has 30 pixels"}
+    assert spec.load().image_size == chosen.load().image_size == (24, 24)
+    assert chosen.without_auto() == (chosen, {})
+
+
+@pytest.mark.parametrize(("side", "size"), [(5, 8), (32, 32), (100, 96), (224, 224), (900, 224)])
+def test_large_images_are_shown_in_the_usual_size(tmp_path, side, size):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (side + 7, side)).save(tmp_path / part / name / "0.png")
+
+    assert load(type="folder", path=str(tmp_path), workers=0).image_size == (size, size)
+
+
+def test_the_number_of_workers_is_the_one_that_is_recorded(folder, monkeypatch):
+    monkeypatch.setattr("cakd_cli.data.images.folder._cores", lambda: 3)
+    auto = TypeAdapter(DataOptions).validate_python({"type": "folder", "path": str(folder)}).without_auto()[0]
+    asked = TypeAdapter(DataOptions).validate_python({"type": "folder", "path": str(folder), "workers": 5})
+
+    assert auto.workers == auto.num_workers == 3
+    assert asked.without_auto()[0].workers == asked.num_workers == 5
+
+
+def test_a_sample_has_its_number_in_the_file(folder, toy_file):
+    for data in (folder_data(folder, validation_fraction=0.25), load(type="tensors", path=str(toy_file))):
+        batches = list(data.train.train_batches(batch_size=4, seed=0, epoch=0, start=0, device=CPU))
+        numbers = torch.cat([batch.samples for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches])
+
+        assert len(set(numbers.tolist())) == len(numbers)
+        if data.name == "toy":
+            assert torch.equal(labels, numbers % 4)
+        else:
+            assert torch.equal(labels, (numbers >= 12).long())
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_a_plan_needs_no_data(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    spec = TypeAdapter(DataOptions).validate_python({"type": name, "root": str(tmp_path / "none")})
+
+    data = spec.load(fetch=False)
+
+    assert f"into {tmp_path}/none" in spec.missing_file()
+    assert len(data.train) + len(data.validation) + len(data.test) in (60_000, 70_000)
+    assert data.num_classes == (100 if name == "cifar100" else 10)
+    assert not (tmp_path / "none").exists()
+
+
+def test_data_that_is_here_is_not_missing(tmp_path):
+    fashion_files(tmp_path)
+
+    assert (
+        TypeAdapter(DataOptions).validate_python({"type": "fashion-mnist", "root": str(tmp_path)}).missing_file()
+        is None
+    )

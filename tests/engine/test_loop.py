@@ -40,8 +40,9 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
         source, task = make_source(inputs, recipe, Silent().note), make_task(inputs, recipe)
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
-        job = Job(recipe, inputs.hardware, inputs.data, task, inputs.teacher, source)
-        return Trainer(job, run, Silent(), StopRequest())
+        trainer = Trainer(Job(recipe, inputs.hardware, inputs.data, task, source), run, Silent(), StopRequest())
+        trainer.teacher = inputs.teacher
+        return trainer
 
     yield make
     for run in opened:
@@ -56,7 +57,7 @@ def test_the_loop_is_a_plain_pytorch_loop(make_trainer):
     trainer.fit()
 
     other = make_trainer(*words)
-    student, teacher, data = other.task.student, other.job.teacher.model, other.data
+    student, teacher, data = other.task.student, other.teacher.model, other.data
     mean, std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (data.mean, data.std))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.002, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=18)
@@ -247,12 +248,12 @@ def test_warm_up_counts_epochs_from_one():
 
 def test_teacher_stays_in_eval_mode_and_is_never_trained(make_trainer):
     trainer = make_trainer()
-    before = {name: tensor.clone() for name, tensor in trainer.job.teacher.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.teacher.model.state_dict().items()}
     trainer.fit()
 
-    assert not trainer.job.teacher.model.training
-    assert not any(parameter.requires_grad for parameter in trainer.job.teacher.model.parameters())
-    for name, tensor in trainer.job.teacher.model.state_dict().items():
+    assert not trainer.teacher.model.training
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.model.parameters())
+    for name, tensor in trainer.teacher.model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 

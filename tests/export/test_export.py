@@ -1,14 +1,19 @@
 """A file that leaves answers as the network does."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cakd_cli.engine import run_directory
 from cakd_cli.errors import CheckFailedError
-from cakd_cli.export import check, onnx_file, pt2_file
+from cakd_cli.export import check, hub_folder, onnx_file, pt2_file
+from cakd_cli.export.formats import FORMATS
 from cakd_cli.export.write import export
 from cakd_cli.models import saving as saved_model
 
@@ -132,3 +137,69 @@ def test_weights_that_are_not_the_configs_are_refused(cakd, toy_teacher, tmp_pat
 
     assert result.code == 4
     assert "is not the file that config.json describes" in result.err
+
+
+def script_of(run):
+    """The script that the model card shows, with its file's path."""
+    card = (run / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(code.splitlines()) <= 17
+    names = {}
+    exec(code.replace("model.onnx", str(run / "model.onnx")), names)
+    return names["classify"]
+
+
+def test_the_cards_script_gives_the_accuracy_of_a_folder(cakd, tmp_path):
+    """Pictures of many sizes, resized and cropped by Pillow alone."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 30), ("test", 25)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = (int(x) for x in torch.randint(30, 60, (2,), generator=generator))
+                pixels = torch.randint(0, 256, (height, width, 3), generator=generator) // (1 + label)
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "images" / part / name / f"{i}.png")
+    run = tmp_path / "run"
+    words = ("train-teacher", "--data", f"folder:{tmp_path / 'images'}", "data.image_size=24", "data.workers=0")
+    words = (*words, "--model", "resnet8", "--batch-size", 9, "--epochs", 2, "optimizer.learning_rate=0.01")
+    assert cakd(*words, "--out", run).code == 0
+    assert cakd("export", run, "--format", "onnx").code == 0
+    classify = script_of(run)
+    right = [classify(path) == path.parent.name for path in sorted((tmp_path / "images" / "test").rglob("*.png"))]
+
+    top1 = json.loads((run / "run.json").read_text())["metrics"]["test"]["top1"]
+    assert sum(right) / len(right) == pytest.approx(top1)
+    shown = json.loads((run / "config.json").read_text())["cakd"]["preprocessing"]
+    assert (shown["resize"], shown["centre_crop"], shown["interpolation"]) == (27, [24, 24], "bilinear")
+
+
+def test_the_cards_script_gives_the_accuracy_of_tensors(cakd, toy_teacher, toy_file, tmp_path):
+    shutil.copytree(toy_teacher, tmp_path / "run")
+    assert cakd("export", tmp_path / "run", "--format", "onnx").code == 0
+    classify = script_of(tmp_path / "run")
+    tensors = load_file(toy_file)
+    right = []
+    for image, label in zip(tensors["test_images"], tensors["test_labels"].tolist(), strict=True):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "one.png")
+        right.append(classify(tmp_path / "one.png") == f"class {label}")
+
+    top1 = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["test"]["top1"]
+    assert sum(right) / len(right) == pytest.approx(top1)
+
+
+def test_the_hub_folder_is_checked_too(cakd, toy_teacher, tmp_path, monkeypatch):
+    result = cakd("export", toy_teacher, "--format", "safetensors", "--out", tmp_path / "hub", "--json")
+    assert result.document["largest_difference"] == 0
+    assert result.document["agreement"] == 1
+
+    monkeypatch.setattr(hub_folder, "reload", lambda path: lambda images: torch.zeros(len(images), 4))
+    failed = cakd("export", toy_teacher, "--format", "safetensors", "--out", tmp_path / "other")
+    assert failed.code == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+def test_the_table_of_formats_is_whole():
+    for name, row in FORMATS.items():
+        assert row.default == (f"model{row.suffix}" if row.suffix else "export"), name
+        assert 0 < row.tolerance <= 1e-3
+        assert row.default in run_directory._OWN_NAMES

@@ -17,7 +17,6 @@ TERMS = {
     "GDKD3": (losses.GDKD3Term, {}),
     "GDKDAutoW": (losses.GDKDAutoWTerm, {}),
     "GDKDAutok": (losses.GDKDAutoKTerm, {}),
-    "LS_GDKD": (losses.GDKDTerm, {"standardise": True}),
     "LSKD_KD": (losses.KDTerm, {"standardise": True}),
     "LSKD_DKD": (losses.DKDTerm, {"standardise": True}),
     "DIST": (losses.DISTTerm, {}),
@@ -25,6 +24,7 @@ TERMS = {
 }
 # Public functions that no recipe has as a term of its own; those of LSKD are compositions of the terms above.
 FUNCTIONS = {
+    "LS_GDKD": (losses.ls_gdkd, False),
     "LSKD_KD": (losses.lskd_kd, False),
     "LSKD_DKD": (losses.lskd_dkd, True),
     "MLKD_instance_kd": (losses.mlkd_instance_kd, False),
@@ -48,10 +48,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 def term_of(method, params, **more):
     """The term as a recipe would have it."""
     kind, settings = TERMS[method]
-    params = dict(params)
-    norm_mode = params.pop("norm_mode", "global")
-    if norm_mode != "global":
-        settings = {"standardise": norm_mode}
     return kind(**settings, **params, **more)
 
 
@@ -63,6 +59,21 @@ def test_term(name, dtype):
     loss = term_of(case["method"], case["params"])(Lesson(student, teacher, target))
 
     reference.assert_matches(case, loss.total, loss.parts, student)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", reference.cases("LS_GDKD"))
+def test_the_term_of_standardised_logits_shows_its_three_parts(name, dtype):
+    case, student, teacher, target = reference.inputs(name, dtype)
+    params = dict(case["params"])
+    norm_mode = params.pop("norm_mode", "global")
+
+    term = losses.GDKDTerm(standardise=True if norm_mode == "global" else norm_mode, **params)
+    loss = term(Lesson(student, teacher, target))
+
+    components = {name: case["components"][name] for name in ("high", "low_top", "low_other")}
+    assert set(loss.parts) == set(components)
+    reference.assert_matches(case | {"components": components}, loss.total, loss.parts, student)
 
 
 @DTYPES

@@ -351,3 +351,41 @@ def test_a_learnt_temperature(cakd, words, tmp_path):
     assert temperatures[0] == pytest.approx(15.6, abs=0.1)
     assert len(set(temperatures)) == 4
     assert lines[0]["weights"]["1.ctkd.reversal"] == 0
+
+
+def test_fitnet_learns_from_maps(cakd, words, tmp_path):
+    assert cakd(*words, "--loss", "fitnet", "--out", tmp_path / "straight").code == 0
+    with killed_after(13):
+        cakd(*words, "--loss", "fitnet", "--out", tmp_path / "killed")
+    result = cakd(*words, "--loss", "fitnet", "--out", tmp_path / "killed", "--resume")
+
+    assert result.code == 0, result.err
+    # The connector's batch norm goes on as well.
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["train"]["fitnet"] < lines[0]["train"]["fitnet"]
+    assert sum(asked(tmp_path / "straight")) > 0
+    (row,) = cakd("teacher-memory", "list", "--json").document
+    assert row["says"] == "logits, layer2 as map"
+    with safe_open(tmp_path / "straight" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "connector" in name]  # noqa: SIM118 - not a mapping
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("{student: stage9, teacher: stage2}", "the student has no layer 'stage9'"),
+        ("{student: fc, teacher: stage2}", "layer 'fc' of the student gives 4 numbers an image, not a map"),
+        (
+            "{student: stage3, teacher: stage1}",
+            "fitnet cannot connect its layers: no convolution leads from a map of 2",
+        ),
+    ],
+)
+def test_maps_that_do_not_fit_are_explained(cakd, words, tmp_path, pair, message):
+    result = cakd(
+        *words, f"loss=[{{type: cross-entropy}}, {{type: fitnet, layers: [{pair}]}}]", "--out", tmp_path / "run"
+    )
+
+    assert (result.code, message in result.err) == (3, True), result.err
+    assert not (tmp_path / "run").exists()

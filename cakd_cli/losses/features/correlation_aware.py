@@ -74,16 +74,8 @@ class CAKDFeaturesTerm(Term):
 
     paper = "arXiv 2410.14741; mask, weights, temperature and connector are inferred"
     formula = "sum_layers T^2 mean [KL(b) + alpha KL(strong) + beta KL(weak)] of softmaxed features"
-    objectives: ClassVar[Objectives] = {
-        "cakd": (
-            {"type": "cross-entropy"},
-            {"type": "cakd", "warmup_epochs": "auto"},
-            # 20 and beta 2 are the search's; the paper gives neither.
-            {"type": "cakd-features", "weight": 20.0, "warmup_epochs": "auto"},
-        )
-    }
+    objectives: ClassVar[Objectives] = {}  # it is a part of CAKDTerm's
 
-    summaries: ClassVar[Mapping[str, str]] = {"cakd": "CAKD as its paper has it, over logits and over features."}
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "feature_scd", "beta": "feature_wcd"}
     beside: ClassVar[Sequence[str]] = ("feature_bcd",)
 
@@ -145,8 +137,8 @@ class CAKDFeaturesTerm(Term):
         return LossOutput(total, parts)
 
     def _layers(self) -> tuple[tuple[Look, ...], tuple[Look, ...]]:
-        mine, theirs = self.needs[1:]
-        return mine, theirs[: len(mine)]
+        needs = self.needs
+        return needs.student_layers, needs.teacher_layers[: len(needs.student_layers)]
 
     def _prepared(self, features_BD: Tensor) -> Tensor:
         return standardise(features_BD) if self.standardise else features_BD

@@ -51,7 +51,7 @@ class MapConnector(nn.Module):
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3 or teacher_shape[1] != teacher_shape[2]:
+        if not all(len(shape) == 3 and shape[1] == shape[2] for shape in (student_shape, teacher_shape)):
             raise ValueError(f"needs square maps, got {student_shape} and {teacher_shape}")
         channels, size, _ = student_shape
         wanted, target, _ = teacher_shape
@@ -98,7 +98,7 @@ class FitNetTerm(Term):
 
     @property
     def needs(self) -> Needs:
-        """A map of each layer, and no logits of the teacher."""
+        """A map of each layer."""
         return Needs(
             student_layers=tuple(Look(pair.student, "map") for pair in self.layers),
             teacher_layers=tuple(Look(pair.teacher, "map") for pair in self.layers),
