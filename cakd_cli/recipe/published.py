@@ -1,6 +1,9 @@
 """Settings that papers published, by data set, pair and method: recipes/published.yaml."""
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cakd_cli.recipe import shipped, strict_yaml
@@ -12,8 +15,13 @@ Entry = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 def table() -> dict[str, dict[str, dict[str, Entry]]]:
     """Read the table: data set -> pair -> method -> settings."""
-    text = (shipped.folder() / f"{shipped.PUBLISHED}.yaml").read_text(encoding="utf-8")
-    return strict_yaml.parse(text).value  # type: ignore[no-any-return]
+    # A copy, whose terms a recipe may change.
+    return copy.deepcopy(_read(shipped.folder() / f"{shipped.PUBLISHED}.yaml"))
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, dict[str, dict[str, Entry]]]:
+    return strict_yaml.parse(path.read_text(encoding="utf-8")).value  # type: ignore[no-any-return]
 
 
 def names() -> list[str]:
