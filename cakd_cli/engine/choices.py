@@ -5,6 +5,7 @@ the data itself. Their reasons come along.
 """
 
 import contextlib
+import copy
 import math
 import os
 import shutil
@@ -103,7 +104,7 @@ def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Cho
         engine = engine.model_copy(update=memory_choice.keys)
         if memory_choice.reason:
             reasons["engine.teacher_memory"] = memory_choice.reason
-        if engine.teacher_memory_features != inputs.recipe.engine.teacher_memory_features is True:
+        if inputs.recipe.engine.teacher_memory_features is True and not engine.teacher_memory_features:
             reasons["engine.teacher_memory_features"] = "there is no room on disk for both, or no linear classifier"
         if measure:
             form, why = _form(inputs, memory_choice.teacher, engine)
@@ -272,6 +273,6 @@ def _compiled(inputs: Inputs, engine: EngineOptions) -> tuple[bool, str]:
     normalise = Normalisation(inputs.data.mean, inputs.data.std, inputs.hardware)
     images = inputs.first_images()
     images = normalise(images[: -(-len(images) // engine.gradient_accumulation)])
-    with contextlib.closing(Tapped(inputs.student, found.taps)) as network:
+    with contextlib.closing(Tapped(copy.deepcopy(inputs.student), found.taps)) as network:
         trial = Trial(network, images, inputs.steps_per_epoch * engine.epochs, engine.gradient_accumulation)
         return worth_compiling(trial, inputs.hardware, asked_for=engine.compile == "on")

@@ -56,15 +56,15 @@ def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: P
     try:
         before = {} if overwrite else directory.facts()
         whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
-        planned = decide(inputs, measure=False)
         if (out / "recipe.yaml").is_file() and not overwrite:
-            run_directory.check_same_recipe(run_directory.read_recipe(out), planned.recipe, out)
+            now = decide(inputs, measure=False).recipe  # a refusal need not wait for measurements
+            run_directory.check_same_recipe(run_directory.read_recipe(out), now, out)
         if before.get("ended") == "completed" and whole:
             progress.note(f"{out} is already finished")
             return before
         checkpoint = None if overwrite else directory.latest_checkpoint()
         if checkpoint is not None:
-            _check_same_inputs(before, _facts(planned), out)
+            _check_same_inputs(before, inputs, out)
         inputs.hardware.keep_freed_memory()
         with _torch_errors(inputs.recipe):
             choices = decide(inputs)
@@ -233,14 +233,15 @@ def _fill(job: Job, progress: Progress) -> tuple[str, int]:
     return source.memory.identity.key, asked
 
 
-def _check_same_inputs(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+def _check_same_inputs(before: dict[str, Any], inputs: Inputs, out: Path) -> None:
     """Refuse to continue a run on other data or under another teacher.
 
     Raises:
         InputError: If either is not what the run began with.
     """
-    for what, key in (("data", "fingerprint"), ("teacher", "weights_hash")):
-        old, new = ((facts.get(what) or {}).get(key) for facts in (before, now))
+    teacher = inputs.teacher.weights_hash if inputs.teacher is not None else None
+    for what, key, new in (("data", "fingerprint", inputs.data.fingerprint), ("teacher", "weights_hash", teacher)):
+        old = (before.get(what) or {}).get(key)
         if old is not None and old != new:
             raise InputError(
                 f"{out} cannot be resumed: its {what} has changed since it began ({key} {old}, now {new})",

@@ -1,6 +1,5 @@
-"""Whether compiling a network's training pass pays in a run, by trying it on a copy."""
+"""Whether compiling a network's training pass pays in a run, by trying it."""
 
-import copy
 import logging
 import time
 from collections.abc import Callable
@@ -47,7 +46,8 @@ class Trial:
     """What a run would compile.
 
     Attributes:
-        network: Maps a prepared batch to a tensor, or to several by name; on the device.
+        network: Maps a prepared batch to a tensor, or to several by name; on the device. It is used up: its running
+            statistics and gradients change.
         images: Input of the network, as many as a step sees at a time.
         steps: Steps of the run.
         parts: Into which each step's batch is cut.
@@ -60,7 +60,7 @@ class Trial:
 
 
 def worth_compiling(trial: Trial, hardware: Hardware, *, asked_for: bool) -> tuple[bool, str]:
-    """Measure forward and backward of a copy; the network and the random numbers stay as they are.
+    """Measure forward and backward; the random numbers stay as they are.
 
     Args:
         trial: What would be compiled.
@@ -75,7 +75,7 @@ def worth_compiling(trial: Trial, hardware: Hardware, *, asked_for: bool) -> tup
     """
     calls = trial.steps * trial.parts
     with torch.random.fork_rng(devices=[hardware.device] if hardware.device.type == "cuda" else []):
-        network = copy.deepcopy(trial.network).train()
+        network = trial.network.train()
         _seconds(network, trial.images, hardware)  # the first call of a kernel is not like the others
         eager = min(_seconds(network, trial.images, hardware) for _ in range(_ROUNDS))
         if not asked_for and eager * calls < WORTH_TRYING_SECONDS:
@@ -106,7 +106,7 @@ def _seconds(network: Callable[[Tensor], Any], images: Tensor, hardware: Hardwar
     total = torch.zeros((), device=images.device)
     for answer in answers.values() if isinstance(answers, dict) else (answers,):
         total = total + answer.float().square().mean()
-    # Gradients pile up in the copy, which costs what it costs in a step.
+    # Gradients pile up, which costs what it costs in a step.
     total.backward()
     hardware.wait()
     return time.perf_counter() - started

