@@ -71,6 +71,9 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps, 
 BatchSize = Annotated[int | None, typer.Option(help="Images a step.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; start it if there is none.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+Grace = Annotated[
+    float | None, typer.Option(min=1, metavar="SECONDS", help="Leave so long after a signal, checkpoint or not.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
@@ -127,6 +130,7 @@ def train_teacher(
     batch_size: BatchSize = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    grace: Grace = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -145,7 +149,7 @@ def train_teacher(
         "engine.device": device,
         "engine.batch_size": batch_size,
     }
-    wish = train.Wish(distil=False, out=out, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    wish = train.Wish(distil=False, out=out, resume=resume, overwrite=overwrite, grace=grace, dry_run=dry_run)
     train.run(words or [], flags, wish, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
 
 
@@ -164,6 +168,7 @@ def distill(
     batch_size: BatchSize = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    grace: Grace = None,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -184,7 +189,7 @@ def distill(
         "engine.device": device,
         "engine.batch_size": batch_size,
     }
-    wish = train.Wish(distil=True, out=out, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    wish = train.Wish(distil=True, out=out, resume=resume, overwrite=overwrite, grace=grace, dry_run=dry_run)
     train.run(words or [], flags, wish, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
 
 
@@ -224,6 +229,7 @@ def export(
     run: FinishedRun,
     format: Annotated[ExportFormat, typer.Option(help="Kind of file.")],  # noqa: A002 - the flag's name
     out: Annotated[str | None, typer.Option(help="File or folder to write; by default inside RUN.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -232,7 +238,8 @@ def export(
     from cakd_cli.commands import export as command
     from cakd_cli.console import Console
 
-    command.run(run, format=format.value, out=out, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
+    console = Console(json_mode=json, quiet=quiet, verbose=verbose)
+    command.run(run, format=format.value, out=out, overwrite=overwrite, console=console)
 
 
 @app.command()

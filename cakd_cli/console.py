@@ -133,10 +133,18 @@ class Console:
             self._bar = None
 
 
+class _Lasting(RichConsole):
+    """Falls silent when nobody reads it any more: who only looked at the first lines must not end a run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def _console(*, stderr: bool) -> RichConsole:
     # Wrapped between words for a person, one line a message for a file or a pipe.
     stream = sys.stderr if stderr else sys.stdout
-    return RichConsole(stderr=stderr, highlight=False, emoji=False, soft_wrap=not stream.isatty())
+    kind = _Lasting if stderr else RichConsole
+    return kind(stderr=stderr, highlight=False, emoji=False, soft_wrap=not stream.isatty())
 
 
 def show_error(error: CakdError, *, json_mode: bool) -> None:

@@ -20,6 +20,19 @@ def home() -> Path:
     return Path(os.environ.get("CAKD_HOME") or cache).expanduser()
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is something else, also where its nesting is too deep for Python.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is flushed and takes its place."""
@@ -34,8 +47,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``path``; on success it is flushed and takes its place, which must be free."""
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside ``path``; on success it is flushed and takes its place.
+
+    Args:
+        path: Must be free, or an empty folder, in the end.
+        replace: Whether what is there is removed at the last moment.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -43,7 +61,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             flush(file)
         flush(temporary)
-        temporary.rename(path)
+        if replace and path.exists():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(path)
         flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

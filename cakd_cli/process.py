@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 from cakd_cli import app
@@ -17,6 +18,10 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     json_mode = "--json" in sys.argv
     try:
         code = _run(json_mode)
@@ -33,6 +38,19 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+_interrupted_by: list[str] = []
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does; training has a handler of its own, which saves first."""
+    _interrupted_by.append(f" by {signal.Signals(number).name}")
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> InterruptedRunError:
+    return InterruptedRunError(f"interrupted{''.join(_interrupted_by[:1])}")
+
+
 def _run(json_mode: bool) -> int:
     try:
         app.app()
@@ -41,14 +59,14 @@ def _run(json_mode: bool) -> int:
             raise stop.__context__ from None
         code = stop.code if isinstance(stop.code, int) else int(ExitCode.INTERNAL)
         if code == ExitCode.INTERRUPTED:
-            return _report(InterruptedRunError("interrupted"), json_mode)
+            return _report(_interrupted(), json_mode)
         if json_mode and code == ExitCode.USAGE:
             sys.stdout.write('{"error": {"code": "usage", "message": "see stderr", "hint": "cakd --help"}}\n')
         return code
     except CakdError as error:
         return _report(error, json_mode)
     except KeyboardInterrupt:
-        return _report(InterruptedRunError("interrupted"), json_mode)
+        return _report(_interrupted(), json_mode)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -60,11 +78,12 @@ def _run(json_mode: bool) -> int:
 
 def _forget_unwritten_output() -> None:
     """Keep Python from trying, and complaining, once more at its end."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report(error: CakdError, json_mode: bool) -> int:

@@ -23,7 +23,7 @@ from tests.conftest import train_toy, write_tensors_file
 
 COMMON_TRAIN = {
     *("--data", "--data-root", "--out", "--epochs", "--seed", "--device", "--batch-size"),
-    *("--resume", "--overwrite", "--dry-run", "--json", "-q", "--quiet", "-v", "--verbose"),
+    *("--resume", "--overwrite", "--grace", "--dry-run", "--json", "-q", "--quiet", "-v", "--verbose"),
 }
 FLAGS = {
     "": {"--version"},
@@ -34,7 +34,7 @@ FLAGS = {
         *("--data", "--data-root", "--split", "--teacher", "--min-top1", "--device", "--batch-size"),
         *("--json", "-q", "--quiet", "-v", "--verbose"),
     },
-    "export": {"--format", "--out", "--json", "-q", "--quiet", "-v", "--verbose"},
+    "export": {"--format", "--out", "--overwrite", "--json", "-q", "--quiet", "-v", "--verbose"},
     "bench": {
         *("--data", "--data-root", "--teacher", "--student", "--against", "--device", "--batch-size"),
         *("--json", "-q", "--quiet", "-v", "--verbose"),

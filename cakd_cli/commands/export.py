@@ -13,14 +13,16 @@ from cakd_cli.export.write import export
 from cakd_cli.models import saving
 
 
-def run(run: str, *, format: str, out: str | None, console: Console) -> None:  # noqa: A002 - the flag's name
+def run(run: str, *, format: str, out: str | None, overwrite: bool, console: Console) -> None:  # noqa: A002 - the flag's name
     """Write the file, check it, and say what was found."""
-    report = export_run(run, format=format, out=out)
+    report = export_run(run, format=format, out=out, overwrite=overwrite)
     console.result(report, lambda stdout: stdout.print(describe(report), markup=False))
 
 
-def export_run(run: str, *, format: str, out: str | None) -> dict[str, Any]:  # noqa: A002 - the flag's name
+def export_run(run: str, *, format: str, out: str | None = None, overwrite: bool = False) -> dict[str, Any]:  # noqa: A002 - the flag's name
     """Write the file and check it against the run's network on real images.
+
+    Its place inside the run is the network's own, and is written again unasked.
 
     Raises:
         CakdError: If the run or an extra is missing, or the file answers differently; no file is left then.
@@ -36,7 +38,9 @@ def export_run(run: str, *, format: str, out: str | None) -> dict[str, Any]:  # 
     shown = saved.preprocessing
     data = run_directory.read_recipe(path).data.shown_as(shown.input_size[1:], shown.crop_pct).load()
     check_fits(saved, data, run)
-    return {"format": format, "out": str(target)} | export(saved, real_images(saved, data), target, format)
+    images = real_images(saved, data)
+    report = export(saved, images, target.resolve(), format, overwrite=overwrite or target == path / row.default)
+    return {"format": format, "out": str(target), **report}
 
 
 def describe(report: dict[str, Any]) -> str:

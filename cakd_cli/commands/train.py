@@ -12,6 +12,7 @@ from cakd_cli.console import Console
 from cakd_cli.engine import planning, run_directory
 from cakd_cli.engine.build import read_inputs
 from cakd_cli.engine.choices import as_begun
+from cakd_cli.engine.run import Start
 from cakd_cli.engine.run import run as run_engine
 from cakd_cli.errors import InputError, RecipeError, UsageError
 from cakd_cli.recipe import strict_yaml
@@ -30,6 +31,7 @@ class Wish:
         out: Run directory; none = a name made of the settings.
         resume: Go on with the run that is there.
         overwrite: Replace it.
+        grace: Seconds between a signal and the end of the process.
         dry_run: Say what would be done, and do nothing.
     """
 
@@ -37,6 +39,7 @@ class Wish:
     out: str | None = None
     resume: bool = False
     overwrite: bool = False
+    grace: float | None = None
     dry_run: bool = False
 
 
@@ -71,7 +74,8 @@ def train(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Co
         console.note("the teacher is not asked: no term of the loss needs it")
     if wish.dry_run:
         return planning.plan(inputs) | {"out": str(path)}
-    facts = run_engine(inputs, path, resume=wish.resume, overwrite=wish.overwrite, progress=console)
+    start = Start(path, resume=wish.resume, overwrite=wish.overwrite, grace=wish.grace)
+    facts = run_engine(inputs, start, console)
     return facts | {"out": str(path)}
 
 

@@ -4,7 +4,7 @@ Shape suffixes: B batch, N samples of a split, C channels, H and W height and wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -138,7 +138,8 @@ class ImageDataSet:
         image_size: Height and width of an image as a network sees it, in pixels.
         mean: Mean of each channel over training images, pixels in [0, 1].
         std: Standard deviation likewise.
-        fingerprint: Hash of the pixels and labels; of folders, of the paths and sizes of their files.
+        fingerprints: Hash of the pixels and labels of ``train`` (with what is held out of it), ``test``, and ``val``
+            where it is a part of its own; of folders, of the paths and sizes of their files. Empty for stand-ins.
         crop_pct: Share of the shorter side that is shown when nothing is learnt.
         multi_label: Whether an image may have several labels, or none.
         resized: Whether images are resized to what a network sees.
@@ -153,7 +154,7 @@ class ImageDataSet:
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    fingerprint: str
+    fingerprints: Mapping[str, str]
     crop_pct: float = 1.0
     multi_label: bool = False
     resized: bool = False
@@ -162,6 +163,11 @@ class ImageDataSet:
     def input(self) -> InputSpec:
         """What a network is given."""
         return InputSpec((self.channels, *self.image_size))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what training sees."""
+        return self.fingerprints.get("train", "")
 
     @property
     def num_classes(self) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cakd_cli.data import Batch
 from cakd_cli.engine import advice
 from cakd_cli.engine.build import Job
+from cakd_cli.engine.checkpoints import Checkpoint
 from cakd_cli.engine.optimizer import Optimizer, under
 from cakd_cli.engine.progress import Progress
-from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
+from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import DivergedError, InputError, StoppedError
 from cakd_cli.evaluation import metrics
@@ -31,7 +32,7 @@ class Trainer:
     """Everything that changes while a run runs."""
 
     def __init__(self, job: Job, run: RunDirectory, progress: Progress, stop: StopRequest) -> None:
-        self.run, self.progress, self.stop = run, progress, stop
+        self.job, self.run, self.progress, self.stop = job, run, progress, stop
         self.recipe, self.data, self.task, self.source = job.recipe, job.data, job.task, job.source
         self.hardware = job.hardware
         self.steps_per_epoch = len(job.data.train) // job.recipe.engine.batch_size
@@ -86,14 +87,15 @@ class Trainer:
             for batch, answers in batches:
                 self.train_step(batch, answers)
                 self.progress.tick(epoch=self.epoch, step=self.step)
-                if self.step % engine.log_interval == 0 and self.step < self.steps_per_epoch:
+                if self.step == self.steps_per_epoch:
+                    break
+                if self.step % engine.log_interval == 0:
                     means = self._means()
                     rate = (self.step - first_step) * engine.batch_size / (time.perf_counter() - started)
                     self._say_imbalance()
                     self.progress.step(epoch=self.epoch, step=self.step, images_per_second=rate, parts=means)
-                    self._save_if_due()
-                if self.step < self.steps_per_epoch:
-                    self._stop_if_asked()
+                self._save_if_due()
+                self._stop_if_asked()
         means = self._means()  # waits for the device: the time is told after it
         return self._end_epoch(means, time.perf_counter() - started, (self.step - first_step) * engine.batch_size)
 
@@ -208,8 +210,6 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self.stop.signal_name is None or self.epoch == self.recipe.engine.epochs:
             return
-        if self.sums is not None:
-            self._means()  # a checkpoint of a diverged run would be of no use
         self._save()
         command = "distill" if self.recipe.teacher else "train-teacher"
         raise StoppedError(
@@ -222,6 +222,8 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
+        if self.sums is not None:
+            self._means()  # a checkpoint of a diverged run would be of no use
         training = self.optimizer.state()
         training |= {f"terms.{key}": tensor for key, tensor in self.task.term_modules.state_dict().items()}
         training |= {f"random.{kind}": state for kind, state in self.hardware.random_state().items()}
@@ -236,7 +238,7 @@ class Trainer:
             "weights": self.weights.state(),
             "gradient_norms": {"epoch": self.norms_epoch, "said": self._balance_said},
         }
-        self.run.save_checkpoint(Checkpoint(self.task.student.state_dict(), training, self.best_state, state))
+        self.run.checkpoints.save(Checkpoint(self.task.student.state_dict(), training, self.best_state, state))
         self._saved_at = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint) -> None:

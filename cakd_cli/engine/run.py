@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from cakd_cli import __version__
 from cakd_cli.data import ImageDataSet
 from cakd_cli.engine import run_directory
 from cakd_cli.engine.build import Inputs, Job, make_source, make_task
+from cakd_cli.engine.checkpoints import Checkpoint
 from cakd_cli.engine.choices import Choices, decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
-from cakd_cli.engine.run_directory import Checkpoint, RunDirectory
+from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError, first_line
 from cakd_cli.evaluation import metrics
@@ -36,14 +37,29 @@ from cakd_cli.teachers import memory
 _BEGINNING = ("command", "versions", "hardware", "started_at")
 
 
-def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Start:
+    """How a run is started.
+
+    Attributes:
+        out: Its folder.
+        resume: Go on with the run that is there, if there is one.
+        overwrite: Replace it.
+        grace: Seconds between a signal and the end of the process; none = as long as a step and a checkpoint take.
+    """
+
+    out: Path
+    resume: bool = False
+    overwrite: bool = False
+    grace: float | None = None
+
+
+def run(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
     """Train, or go on training, and leave a finished folder.
 
     Args:
         inputs: What the run reads; of a run that goes on, with the choices of its beginning.
-        out: Its folder.
-        resume: Go on with the run that is there, if there is one.
-        overwrite: Replace it.
+        start: Where, and what to do with a run that is there.
         progress: Is told how it goes.
 
     Returns:
@@ -52,7 +68,8 @@ def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: P
     Raises:
         CakdError: If the run cannot begin, diverges or is stopped.
     """
-    directory = RunDirectory.open(out, resume=resume, overwrite=overwrite)
+    out, overwrite = start.out, start.overwrite
+    directory = RunDirectory.open(out, resume=start.resume, overwrite=overwrite)
     try:
         before = {} if overwrite else directory.facts()
         whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
@@ -62,9 +79,13 @@ def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: P
         if before.get("ended") == "completed" and whole:
             progress.note(f"{out} is already finished")
             return before
-        checkpoint = None if overwrite else directory.latest_checkpoint()
+        checkpoint = None if overwrite else directory.checkpoints.latest()
+        for trace in directory.traces():
+            progress.note(trace)
+        for problem in directory.checkpoints.damaged:
+            progress.warn(f"{problem}; the one before it is used")
         if checkpoint is not None:
-            _check_same_inputs(before, inputs, out)
+            _check_same_inputs(before, inputs, out, progress)
         inputs.hardware.keep_freed_memory()
         with _torch_errors(inputs.recipe):
             choices = decide(inputs)
@@ -77,7 +98,9 @@ def run(inputs: Inputs, out: Path, *, resume: bool, overwrite: bool, progress: P
             if overwrite:
                 directory.clear()  # not sooner: what cannot begin replaces nothing
             directory.write_recipe(job.recipe)
-            return _train(job, directory, checkpoint, facts, progress)
+            stop = StopRequest(start.grace, directory.checkpoints.exist)
+            with stop.listening():
+                return _train(Trainer(job, directory, progress, stop), checkpoint, facts)
     finally:
         directory.close()
 
@@ -121,12 +144,10 @@ def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progr
     return checked
 
 
-def _train(
-    job: Job, directory: RunDirectory, checkpoint: Checkpoint | None, facts: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
+def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> dict[str, Any]:
+    job, directory, progress = trainer.job, trainer.run, trainer.progress
     try:
-        with StopRequest().listening() as stop, _torch_errors(job.recipe):
-            trainer = Trainer(job, directory, progress, stop)
+        with _torch_errors(job.recipe):
             directory.write_facts(facts | {"ended": "running"})
             if checkpoint is not None:
                 trainer.restore(checkpoint)
@@ -142,16 +163,17 @@ def _train(
                 trainer.fit()
             finally:
                 progress.end()
-            return _finish(job, trainer, directory, facts)
+            return _finish(trainer, facts)
     except BaseException as error:
         # The first error is the one to report, also where the disk is too full to note it.
         with contextlib.suppress(OSError):
-            directory.write_facts(facts | {"ended": _why_ended(error), "finished_at": _now()})
+            directory.write_facts(facts | {"ended": _why_ended(error), "finished_at": run_directory.now()})
         raise
 
 
-def _finish(job: Job, trainer: Trainer, directory: RunDirectory, facts: dict[str, Any]) -> dict[str, Any]:
+def _finish(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     """Measure the chosen network in float32, look at the test set for the first and only time, and write the folder."""
+    job, directory = trainer.job, trainer.run
     recipe, data, student = job.recipe, job.data, job.task.student
     machine = job.hardware.full_precision()
     student.load_state_dict(trainer.best_state)
@@ -163,7 +185,7 @@ def _finish(job: Job, trainer: Trainer, directory: RunDirectory, facts: dict[str
             figures[name] = metrics.quality(*predict(student, split, normalisation, machine, batch_size=size))
     facts |= {
         "ended": "completed",
-        "finished_at": _now(),
+        "finished_at": run_directory.now(),
         "best": trainer.best or {"epoch": recipe.engine.epochs},
         "metrics": figures,
         "images_per_second": [line["images_per_second"] for line in directory.metrics()],
@@ -178,7 +200,7 @@ def _finish(job: Job, trainer: Trainer, directory: RunDirectory, facts: dict[str
     saving.write(directory.path, saved)
     facts["weights_hash"] = saving.weights_hash(saved.model.state_dict())
     directory.write_facts(facts)
-    directory.drop_checkpoints()
+    directory.checkpoints.drop()
     return facts
 
 
@@ -233,20 +255,32 @@ def _fill(job: Job, progress: Progress) -> tuple[str, int]:
     return source.memory.identity.key, asked
 
 
-def _check_same_inputs(before: dict[str, Any], inputs: Inputs, out: Path) -> None:
-    """Refuse to continue a run on other data or under another teacher.
+def _check_same_inputs(before: dict[str, Any], inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Refuse to continue a run on other training images or under another teacher; other test images are said.
 
     Raises:
-        InputError: If either is not what the run began with.
+        InputError: If what it learns from is not what the run began with.
     """
-    teacher = inputs.teacher.weights_hash if inputs.teacher is not None else None
-    for what, key, new in (("data", "fingerprint", inputs.data.fingerprint), ("teacher", "weights_hash", teacher)):
-        old = (before.get(what) or {}).get(key)
-        if old is not None and old != new:
-            raise InputError(
-                f"{out} cannot be resumed: its {what} has changed since it began ({key} {old}, now {new})",
-                hint="put it back, or start another run with another --out",
-            )
+    began, now = _facts_of(before, "data").get("fingerprints"), inputs.data.fingerprints
+    began = began if isinstance(began, dict) else {}
+    changed = {part for part in now if part in began and began[part] != now[part]}
+    what = [f"{part} images" for part in ("train", "val") if part in changed]
+    old = _facts_of(before, "teacher").get("weights_hash")
+    if inputs.teacher is not None and old is not None and old != inputs.teacher.weights_hash:
+        what.append("teacher")
+    if what:
+        raise InputError(
+            f"{out} cannot be resumed: not the same as when it began: its {' and its '.join(what)}",
+            hint="put them back, or start another run with another --out",
+        )
+    if "test" in changed:
+        progress.warn(f"the test images of {inputs.data.name} changed after the run began; it is measured on these")
+
+
+def _facts_of(facts: dict[str, Any], key: str) -> dict[str, Any]:
+    """Read a part of run.json, which somebody may have edited."""
+    part = facts.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _why_ended(error: BaseException) -> str:
@@ -266,11 +300,11 @@ def _facts(choices: Choices) -> dict[str, Any]:
             "name": inputs.hardware.name,
             "precision": inputs.hardware.precision,
         },
-        "started_at": _now(),
+        "started_at": run_directory.now(),
         "seed": recipe.seed,
         "data": {
             "name": data.name,
-            "fingerprint": data.fingerprint,
+            "fingerprints": dict(data.fingerprints),
             "image": list(data.input.shape),
             "validation_fraction": recipe.data.validation_fraction,
             "split_seed": recipe.data.split_seed,
@@ -290,7 +324,8 @@ def _gone_on(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Leave on record how the run began, and add that it went on."""
     began = {key: before[key] for key in (*_BEGINNING, "chosen", "warnings") if key in before}
     again = {key: facts[key] for key in _BEGINNING}
-    return facts | began | {"resumed": [*before.get("resumed", []), again]}
+    resumed = before.get("resumed")
+    return facts | began | {"resumed": [*(resumed if isinstance(resumed, list) else []), again]}
 
 
 @contextlib.contextmanager
@@ -328,7 +363,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,26 +3,25 @@
 recipe.yaml        the whole recipe, nothing automatic
 run.json           command, versions, hardware, why it ended
 metrics.jsonl      one line an epoch
-checkpoints/       epoch-EEEEE-step-SSSSSS/: model, training and best .safetensors, state.json
+checkpoints/       see :mod:`cakd_cli.engine.checkpoints`
 model.safetensors  config.json  README.md      the finished network
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
+from cakd_cli.engine.checkpoints import Checkpoints
 from cakd_cli.errors import InputError, RecipeError
-from cakd_cli.files import whole_folder, write_json, write_tensors, write_text
+from cakd_cli.files import read_json, write_json, write_text
 from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.schema import Recipe
 
@@ -41,28 +40,19 @@ _OWN_NAMES = (
 )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A saved moment of a run.
+class RunDirectory:
+    """One run's folder, locked while it is open.
 
     Attributes:
-        model: State of the network.
-        training: Tensors of optimizer, average, the terms' own modules, random number generators and sums.
-        best: State of the best network so far; empty before the first validation.
-        state: Plain numbers.
+        path: The folder.
+        checkpoints: The run's.
+        left_by: Whose lock was found, if its process died without closing it.
     """
-
-    model: dict[str, Tensor]
-    training: dict[str, Tensor]
-    best: dict[str, Tensor]
-    state: dict[str, Any]
-
-
-class RunDirectory:
-    """One run's folder, locked while it is open."""
 
     def __init__(self, path: Path, lock: TextIO, created: list[Path]) -> None:
         self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self.left_by = _holder(lock)
         self._lock = lock
         self._created = created
 
@@ -77,23 +67,25 @@ class RunDirectory:
         # Before the lock, so that a folder of somebody else's gets none; and once more under it.
         check_free(path, resume=resume, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-        try:
-            # lockf and not flock: worker processes do not inherit it, so it ends with this process.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise InputError(
-                f"{path} is in use by another cakd", hint="wait for it, or choose another folder with --out"
-            ) from error
-        directory = cls(path, lock, created)
+        directory = cls(path, _locked(path), created)
         try:
             check_free(path, resume=resume, overwrite=overwrite)
             directory._remove(entry.name for entry in path.iterdir() if _is_temporary(entry.name))
+            directory._write_holder()
         except BaseException:
             directory.close()
             raise
         return directory
+
+    def _write_holder(self) -> None:
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now()}
+        with contextlib.suppress(OSError):  # a full disk will tell soon enough
+            self._lock.truncate(0)
+            os.write(self._lock.fileno(), json.dumps(holder).encode())
+
+    def traces(self) -> list[str]:
+        """Say whether the last process that used the folder died without closing it."""
+        return [f"{self.path} was left by {self.left_by}, which did not end in order"] if self.left_by else []
 
     def clear(self) -> None:
         """Remove the run that is here, and its exports."""
@@ -114,13 +106,14 @@ class RunDirectory:
                 with contextlib.suppress(OSError):  # a parent that somebody else uses by now
                     for folder in self._created:
                         folder.rmdir()
+            self._lock.truncate(0)
         finally:
             self._lock.close()
 
     def facts(self) -> dict[str, Any]:
         """Read run.json; empty if there is none or it is damaged."""
         try:
-            facts = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            facts = read_json(self.path / "run.json")
         except (OSError, ValueError):
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -147,8 +140,8 @@ class RunDirectory:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
                 line = json.loads(text)
-                line["epoch"] + line["images_per_second"]
-            except (ValueError, TypeError, KeyError):
+                int(line["epoch"] + line["images_per_second"])
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 break  # torn by a kill; nothing whole can follow
             lines.append(line)
         return lines
@@ -158,42 +151,38 @@ class RunDirectory:
         lines = [line for line in self.metrics() if line["epoch"] <= epochs]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Save a moment, then drop the older ones."""
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        target = folder / f"epoch-{checkpoint.state['epoch']:05d}-step-{checkpoint.state['step']:06d}"
-        if not target.exists():
-            with whole_folder(target) as temporary:
-                write_tensors(temporary / "model.safetensors", checkpoint.model)
-                write_tensors(temporary / "training.safetensors", checkpoint.training)
-                write_tensors(temporary / "best.safetensors", checkpoint.best)
-                write_json(temporary / "state.json", checkpoint.state)
-        for entry in folder.iterdir():
-            if entry != target:
-                shutil.rmtree(entry, ignore_errors=True)
 
-    def drop_checkpoints(self) -> None:
-        """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+def _locked(path: Path) -> TextIO:
+    """Open and lock a folder's lock file; the lock ends with the process, its content stays to say whose it was."""
+    lock = (path / ".lock").open("a+", encoding="utf-8", errors="replace")
+    try:
+        # lockf and not flock: worker processes do not inherit it, so it ends with this process.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = _holder(lock)
+        lock.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"{path} cannot be locked: {error.strerror}", hint="choose a local disk") from error
+        raise InputError(
+            f"{path} is in use by another cakd{f': {holder}' if holder else ''}",
+            hint="wait for it, or choose another folder with --out",
+        ) from error
+    return lock
 
-    def latest_checkpoint(self) -> Checkpoint | None:
-        """Read the newest checkpoint; none if there is none yet.
 
-        Raises:
-            InputError: If its files are damaged.
-        """
-        found = sorted((self.path / "checkpoints").glob("epoch-*"))
-        if not found:
-            return None
-        try:
-            tensors = {name: load_file(found[-1] / f"{name}.safetensors") for name in ("model", "training", "best")}
-            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(
-                f"{found[-1]}: damaged checkpoint: {error}", hint="start again with --overwrite"
-            ) from error
-        return Checkpoint(**tensors, state=state)
+def _holder(lock: TextIO) -> str:
+    """Say whose lock it is; empty if nobody's, or if the file holds something else."""
+    lock.seek(0)
+    try:
+        holder = json.loads(lock.read(1024))
+        return f"process {holder['pid']} on {holder['host']}, started {holder['started_at']}"
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+def now() -> str:
+    """The time, as run.json and locks say it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:

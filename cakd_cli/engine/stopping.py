@@ -1,28 +1,64 @@
 """Stopping on request: a signal sets a flag, the loop acts on it between two steps."""
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+from cakd_cli.errors import ExitCode
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopRequest:
-    """Whether somebody has asked the run to stop."""
+    """Whether somebody has asked the run to stop.
 
-    def __init__(self) -> None:
+    Args:
+        grace: Seconds between the first signal and the end of the process, whatever it is doing; none = as long as it
+            takes.
+        is_saved: Whether there is a checkpoint to go on from, asked where the grace is over.
+    """
+
+    def __init__(self, grace: float | None = None, is_saved: Callable[[], bool] = lambda: False) -> None:
         self.signal_name: str | None = None
+        self._grace = grace
+        self._is_saved = is_saved
+        self._watchdog: threading.Timer | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
+        if self._grace is not None:
+            self._watchdog = threading.Timer(self._grace, self._leave)
+            self._watchdog.daemon = True
+            self._watchdog.start()
+
+    def _leave(self) -> None:
+        """End the process: what is being written is then absent, and what was written before is whole."""
+        saved = self._is_saved()
+        what = "the last checkpoint stays; run the same command with --resume" if saved else "there is no checkpoint"
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"error: {self._grace:g} s after {self.signal_name} the step was not done: {what}\n")
+            sys.stderr.flush()
+        os._exit(ExitCode.STOPPED if saved else ExitCode.INTERRUPTED)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Handle SIGINT and SIGTERM while inside: the first is noted, the second leaves at once."""
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle the signals of people and schedulers while inside: the first is noted, the second leaves at once.
+
+        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+        """
+        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            if self._watchdog is not None:
+                self._watchdog.cancel()

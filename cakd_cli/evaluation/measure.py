@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cakd_cli.data import ImageDataSet, Split
-from cakd_cli.errors import RecipeError
+from cakd_cli.errors import InputError, RecipeError
 from cakd_cli.evaluation import cost, metrics
 from cakd_cli.evaluation.predict import predict
 from cakd_cli.machine.hardware import Hardware, choose_hardware
@@ -55,6 +55,7 @@ def measure(run: Path, recipe: Recipe, *, split: str, with_teacher: bool, with_l
     model = machine.place(saved.model).eval()
     size = recipe.engine.evaluation_batch_size
     answers = predict(model, images, Normalisation(shown.mean, shown.std, machine), machine, batch_size=size)
+    check_finite(answers[0], str(run))
     measured = Measured(images, shown.input_size, *answers)
     report: dict[str, Any] = {
         "run": str(run),
@@ -62,6 +63,7 @@ def measure(run: Path, recipe: Recipe, *, split: str, with_teacher: bool, with_l
         "data": data.name,
         "split": split,
         "samples": len(measured.labels),
+        "as_recorded": _as_recorded(saved, data, split),
         "quality": metrics.quality(measured.logits, measured.labels),
         "per_class": metrics.per_class(measured.logits, measured.labels, saved.class_names),
         "cost": {"parameters": num_parameters(model), "flops_per_image": cost.flops(model, shown.input_size)},
@@ -92,6 +94,27 @@ def _beside_teacher(measured: Measured, teacher: Teacher, machine: Hardware, bat
         },
         "fidelity": metrics.fidelity(measured.logits, answers),
     }
+
+
+def check_finite(logits: Tensor, network: str) -> None:
+    """Refuse a network that answers with something else than numbers.
+
+    Raises:
+        InputError: If an answer is not finite.
+    """
+    bad = ~logits.isfinite().all(1)
+    if bad.any():
+        raise InputError(
+            f"{network}: the answers to {int(bad.sum())} of {len(bad)} images are not finite",
+            hint="its weights hold NaN or infinity, or overflow; train it again",
+        )
+
+
+def _as_recorded(saved: SavedModel, data: ImageDataSet, split: str) -> bool | None:
+    """Whether these are the images that the run recorded; none where it recorded nothing of them."""
+    recorded = saved.facts.get("data", {}).get("fingerprints", {})
+    part = split if split in data.fingerprints else "train"  # held out of the training images
+    return recorded[part] == data.fingerprints.get(part) if part in recorded else None
 
 
 def check_fits(saved: SavedModel, data: ImageDataSet, run: str) -> None:

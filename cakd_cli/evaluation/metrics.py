@@ -25,7 +25,7 @@ def brief(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     Top-1 accuracy in [0, 1] (of several labels: the share of samples whose first answer is one of them) and negative
     log-likelihood in nats; of several labels also ``map``, the mean average precision, in [0, 1].
     """
-    figures = {"top1": hits(logits_NC, labels_N).float().mean().item()}
+    figures = {"top1": hits(logits_NC, labels_N).double().mean().item()}
     if labels_N.ndim == 2:
         figures["map"] = _mean(average_precision(logits_NC, labels_N))
     return figures | {"nll": cross_entropy(logits_NC, labels_N).total.item()}
@@ -101,7 +101,7 @@ def fidelity(student_NC: Tensor, teacher_NC: Tensor) -> dict[str, float]:
     )
     scd, wcd = split.within_BK.mean(0).tolist()
     return {
-        "agreement": (student_NC.argmax(1) == teacher_NC.argmax(1)).float().mean().item(),
+        "agreement": (student_NC.argmax(1) == teacher_NC.argmax(1)).double().mean().item(),
         "kl": split.kl_B.mean().item(),
         "bcd": split.between_B.mean().item(),
         "scd": scd,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.errors import CheckFailedError
+from cakd_cli.evaluation.measure import check_finite
 from cakd_cli.evaluation.metrics import differ
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models.normalisation import Normalisation
@@ -35,12 +36,14 @@ def compare(
     """Compare answers in batches of several sizes, one image among them.
 
     Raises:
+        InputError: If the network's own answers are not finite.
         CheckFailedError: If a logit differs by more than ``tolerance`` times the largest, or an answer in 200.
     """
     parts = [part for part in images.tensor_split([1, 64]) if len(part)]
     with torch.inference_mode():
         expected_NC = torch.cat([model.eval()(part) for part in parts])
         answered_NC = torch.cat([exported(part) for part in parts])
+    check_finite(expected_NC, "the network")
     largest, agreement = differ(expected_NC, answered_NC)
     limit = tolerance * max(1.0, expected_NC.abs().max().item())
     # Written so that a NaN fails as well.

@@ -5,7 +5,6 @@ cakd's own facts stand under ``"cakd"`` in config.json.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from cakd_cli import __version__
 from cakd_cli.errors import InputError, first_line
-from cakd_cli.files import write_json, write_tensors, write_text
+from cakd_cli.files import read_json, write_json, write_tensors, write_text
 from cakd_cli.models import ModelOptions, ModelSpec, TimmSpec, card
 from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.models.weights import load_state, read_state
@@ -124,6 +123,8 @@ def _check(described: Preprocessing, names: tuple[str, ...], facts: Mapping[str,
     for key in ("data", "teacher"):
         if not isinstance(facts.get(key, {}).get("name", ""), str):
             raise ValueError(f"{key} must have a name")
+    if not isinstance(facts.get("data", {}).get("fingerprints", {}), dict):
+        raise ValueError("fingerprints of data must have names")
 
 
 def read(folder: Path) -> SavedModel:
@@ -162,7 +163,7 @@ def read_config(folder: Path) -> tuple[ModelSpec, tuple[str, ...], Preprocessing
             )
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         facts = dict(content["cakd"])
         spec = _SPEC.validate_python(facts.pop("model"))
         facts.pop("preprocessing", None)  # the same as pretrained_cfg, for whoever is not timm

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.errors import InputError
-from cakd_cli.files import home, whole_folder, write_json
+from cakd_cli.files import home, read_json, whole_folder, write_json
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models.layers import Answers
 from cakd_cli.teachers.network import Teacher
@@ -419,7 +419,7 @@ def write_check(identity: Identity, data: Mapping[str, Any], checked: Mapping[st
 
 def _checks(identity: Identity) -> list[dict[str, Any]]:
     try:
-        checks = json.loads((folder_of(identity) / "checks.json").read_text(encoding="utf-8"))
+        checks = read_json(folder_of(identity) / "checks.json")
         for check in checks:
             check["data"], float(check["teacher"]["top1"]), int(check["teacher"]["samples"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -439,7 +439,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         InputError: If it is missing or damaged.
     """
     try:
-        facts = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "memory.json")
         facts["identity"]["layout"]
         whole = all(isinstance(facts[name], str) for name in FACTS)
     except (OSError, ValueError, KeyError, TypeError) as error:

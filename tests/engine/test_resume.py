@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -263,7 +264,7 @@ def test_first_signal_saves_and_second_process_resumes(words, toy_file, tmp_path
     assert "stopped by SIGTERM" in err
     assert "--resume" in err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "stopped"
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 2
 
     process = start(["distill", "--resume"], tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -295,20 +296,32 @@ def test_other_settings_are_refused(cakd, words, tmp_path):
     assert "seed: 0 in the run, 5 now" in result.err
 
 
-def test_a_directory_in_use_is_refused(cakd, words, tmp_path):
-    (tmp_path / "run").mkdir()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+HOLD = """
+import sys, time
+from pathlib import Path
+from cakd_cli.engine.run_directory import RunDirectory
+directory = RunDirectory.open(Path(sys.argv[1]), resume=True, overwrite=False)
+print(1, flush=True)
+input()
+"""
+
+
+def test_a_directory_in_use_is_refused_with_its_holder(cakd, words, tmp_path):
     other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     other.stdout.readline()
 
     result = cakd(*words, "--out", tmp_path / "run")
 
-    other.communicate(b"\n")
     assert result.code == 4
-    assert "is in use by another cakd" in result.err
-    assert cakd(*words, "--out", tmp_path / "run").code == 0
+    assert f"is in use by another cakd: process {other.pid} on {socket.gethostname()}, started 2" in result.err
+    other.kill()
+    other.communicate()
+    after = cakd(*words, "--out", tmp_path / "run", "--epochs", 1)
+    assert after.code == 0
+    assert f"was left by process {other.pid}" in after.err
+    assert "was left by" not in cakd(*words, "--out", tmp_path / "run", "--epochs", 1, "--overwrite").err
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(cakd, words, tmp_path):
@@ -324,8 +337,8 @@ def test_a_run_that_cannot_begin_leaves_no_folder(cakd, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["data", "teacher"])
-def test_other_data_or_another_teacher_is_refused(cakd, tmp_path, toy_file, what):
+@pytest.mark.parametrize(("what", "changed"), [("data", "train images"), ("teacher", "teacher")])
+def test_other_data_or_another_teacher_is_refused(cakd, tmp_path, toy_file, what, changed):
     data = tmp_path / "data.safetensors"
     data.write_bytes(toy_file.read_bytes())
     teacher = train_toy(data, tmp_path / "teacher")
@@ -345,7 +358,7 @@ def test_other_data_or_another_teacher_is_refused(cakd, tmp_path, toy_file, what
     result = cakd(*words, "--resume")
 
     assert result.code == 4
-    assert f"its {what} has changed since it began" in result.err
+    assert f"not the same as when it began: its {changed}" in result.err
 
 
 def test_a_full_disk_is_one_error_and_the_run_goes_on_later(cakd, words, tmp_path, monkeypatch):
@@ -365,26 +378,6 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(cakd, words, tmp_pat
     assert "make room" in result.err
     assert [p.name for p in (tmp_path / "run").rglob("*.tmp*")] == []
     assert cakd(*words, "--out", tmp_path / "run", "--resume").code == 0
-
-
-def kill_before_validation(call):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "validate", lambda self: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            call()
-
-
-def test_a_damaged_checkpoint_is_named(cakd, words, tmp_path):
-    run = tmp_path / "run"
-    kill_before_validation(lambda: cakd(*words, "--out", run))
-    (file,) = (run / "checkpoints").glob("epoch-*/training.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-
-    result = cakd(*words, "--out", run, "--resume")
-
-    assert result.code == 4
-    assert "damaged checkpoint" in result.err
-    assert cakd(*words, "--out", run, "--overwrite").code == 0
 
 
 def test_every_ending_is_noted(cakd, words, tmp_path, monkeypatch):
@@ -433,15 +426,76 @@ def test_a_signal_at_the_end_of_an_epoch_saves(cakd, words, straight, tmp_path, 
     assert_same_run(straight[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "state", ["{}", "[]", '{"epoch": "x"}', '{"epoch": 9999, "step": 0, "part_names": [], "best": null}']
-)
-def test_a_checkpoint_that_does_not_fit_is_named(cakd, words, tmp_path, state):
-    run = tmp_path / "run"
-    kill_before_validation(lambda: cakd(*words, "--out", run))
-    (file,) = (run / "checkpoints").glob("epoch-*/state.json")
-    file.write_text(state)
+SLOW_STEPS = """
+import sys, time
+from cakd_cli.engine import loop
+from cakd_cli.process import main
+original = loop.Trainer.train_step
+def slow(self, *arguments):
+    original(self, *arguments)
+    if self.epoch == 0 and self.step == {step}:
+        print("slow", flush=True)
+        time.sleep(60)
+loop.Trainer.train_step = slow
+main()
+"""
 
-    result = cakd(*words, "--out", run, "--resume")
 
-    assert (result.code, "damaged checkpoint" in result.err) == (4, True), result.err
+@pytest.mark.parametrize(("step", "code"), [(1, 130), (3, 75)])
+def test_the_grace_ends_a_step_that_takes_too_long(words, tmp_path, step, code):
+    out = tmp_path / "run"
+    words = [*map(str, words), "--grace", "1", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS.format(step=step), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "slow\n"
+    process.send_signal(signal.SIGUSR1)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == code, err
+    assert time.monotonic() - began < 20
+    assert "1 s after SIGUSR1 the step was not done" in err
+    assert len(list(out.glob("checkpoints/epoch-*"))) == (2 if code == 75 else 0)
+
+
+BEFORE_TRAINING = """
+import os, signal, sys
+from cakd_cli.commands import train
+from cakd_cli.process import main
+train.read_inputs = lambda *arguments, **options: os.kill(os.getpid(), signal.{name})
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_before_training_leaves_with_a_line(words, tmp_path, name):
+    process = subprocess.run(
+        [sys.executable, "-c", BEFORE_TRAINING.format(name=name), *map(str, words), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert process.returncode == 130
+    by = "" if name == "SIGINT" else f" by {name}"
+    assert process.stderr.endswith(f"error: interrupted{by}\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_reads_only_the_beginning_does_not_end_the_run(words, tmp_path):
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cakd_cli", *map(str, words), "--out", str(tmp_path / "run")],
+        stdout=writing,
+        stderr=writing,
+    )
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)
+
+    assert process.wait(60) == 141  # of the result, which nobody reads
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "completed"

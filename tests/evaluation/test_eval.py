@@ -1,9 +1,14 @@
 """cakd eval, as a user calls it."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from cakd_cli.evaluation import metrics
+from cakd_cli.models import saving
 from tests.conftest import train_toy
 
 
@@ -51,3 +56,37 @@ def test_training_images_come_without_augmentation(cakd, toy_teacher):
     report = cakd("eval", toy_teacher, "--split", "train", "--json").document
 
     assert report["samples"] == 144
+
+
+def test_a_share_is_what_it_says():
+    logits, labels = torch.eye(2)[[0] * 252 + [1] * 108], torch.zeros(360, dtype=torch.long)
+
+    assert metrics.brief(logits, labels)["top1"] == 252 / 360
+
+
+def test_other_images_than_the_run_recorded_are_said(cakd, toy_teacher, toy_file, tmp_path):
+    data = tmp_path / "data.safetensors"
+    tensors = load_file(toy_file)
+    tensors["test_images"][0] += 1
+    save_file(tensors, data, metadata={"class_names": json.dumps([f"class {i}" for i in range(4)])})
+
+    other = cakd("eval", toy_teacher, "--data", f"tensors:{data}", "--json").document
+    training = cakd("eval", toy_teacher, "--data", f"tensors:{data}", "--split", "val", "--json").document
+
+    assert (other["as_recorded"], training["as_recorded"]) == (False, True)
+    assert "are not those that" in other["warnings"][0]
+
+
+def test_a_network_of_nan_is_refused(cakd, toy_teacher, tmp_path):
+    shutil.copytree(toy_teacher, tmp_path / "run")
+    state = load_file(tmp_path / "run/model.safetensors")
+    state["fc.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "run/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["cakd"]["weights_hash"] = saving.weights_hash(state)
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+
+    for words in (("eval", tmp_path / "run"), ("export", tmp_path / "run", "--format", "safetensors")):
+        result = cakd(*words, "--json")
+        assert (result.code, "not finite" in result.err) == (4, True), result.err
+        assert json.loads(result.out, parse_constant=pytest.fail)["error"]["code"] == "input"

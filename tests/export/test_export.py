@@ -203,3 +203,20 @@ def test_the_table_of_formats_is_whole():
         assert row.default == (f"model{row.suffix}" if row.suffix else "export"), name
         assert 0 < row.tolerance <= 1e-3
         assert row.default in run_directory._OWN_NAMES
+
+
+@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+def test_what_is_there_is_replaced_only_when_told(cakd, toy_teacher, tmp_path, kind):
+    target = tmp_path / ("net.onnx" if kind == "onnx" else "net")
+    words = ("export", toy_teacher, "--format", kind, "--out", target)
+    assert cakd(*words).code == 0
+    # As a killed export leaves it.
+    left = tmp_path / (".net.12345678.tmp.onnx" if kind == "onnx" else ".net.12345678.tmp")
+    left.mkdir() if kind == "safetensors" else left.write_text("half")
+
+    refused = cakd(*words)
+    replaced = cakd(*words, "--overwrite")
+
+    assert (refused.code, "exists" in refused.err, "--overwrite" in refused.err) == (4, True, True)
+    assert replaced.code == 0
+    assert [path.name for path in tmp_path.iterdir() if path != tmp_path / "home"] == [target.name]

@@ -338,7 +338,7 @@ class FolderSpec(DataSpec):
             image_size=(self.size, self.size),
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
-            fingerprint=_fingerprint(root, files),
+            fingerprints={part: _fingerprint(root, listed) for part, listed in files.items()},
             crop_pct=self.test_crop,
             resized=True,
         )
@@ -380,9 +380,8 @@ def _stamps(samples: list[tuple[str, int]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fingerprint(root: Path, files: dict[str, list[tuple[str, int]]]) -> str:
+def _fingerprint(root: Path, samples: list[tuple[str, int]]) -> str:
     digest = hashlib.sha256()
-    for part in files.values():
-        for path, _ in part:
-            digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n".encode())
+    for path, _ in samples:
+        digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n".encode())
     return digest.hexdigest()[:16]

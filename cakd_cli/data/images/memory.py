@@ -183,7 +183,7 @@ def memory_data_set(
         image_size=(train[0].shape[2], train[0].shape[3]),
         mean=mean,
         std=std,
-        fingerprint=_fingerprint(*train, *test),
+        fingerprints={"train": _fingerprint(*train), "test": _fingerprint(*test)},
         multi_label=train[1].ndim == 2,
     )
 

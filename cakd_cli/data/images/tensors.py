@@ -81,7 +81,7 @@ def _class_names(metadata: dict[str, str], labels: torch.Tensor, path: Path) -> 
         return [str(label) for label in range(max(largest, 1) + 1)]
     try:
         names = json.loads(metadata["class_names"])
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: the metadata 'class_names' is not a JSON list of strings")

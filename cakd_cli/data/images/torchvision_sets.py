@@ -104,7 +104,7 @@ class DownloadedSpec(MemoryDataSpec):
             image_size=shape[1:],
             mean=(0.5,) * shape[0],
             std=(0.25,) * shape[0],
-            fingerprint="",
+            fingerprints={},
         )
 
 
