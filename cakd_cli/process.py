@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cakd_cli import app
 from cakd_cli.errors import CakdError, ExitCode, HardwareError, InputError, InterruptedRunError, first_line
@@ -18,10 +18,7 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _interrupt)
+    _on_signals(signal.SIG_DFL, _interrupt)
     json_mode = "--json" in sys.argv
     try:
         code = _run(json_mode)
@@ -33,12 +30,21 @@ def main() -> NoReturn:
         code = _report(_translate(error), json_mode=False)
     finally:
         _forget_unwritten_output()
+    _on_signals(_interrupt, signal.SIG_DFL)
     # All is said and done: an impatient Ctrl-C must not interrupt what libraries do at the end.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 
 _interrupted_by: list[str] = []
+
+
+def _on_signals(before: Any, after: Any) -> None:
+    """Give the signals that end a process a new handler; one that is ignored, as nohup does, stays so."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == before:
+            signal.signal(number, after)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

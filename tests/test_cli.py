@@ -600,14 +600,6 @@ def test_a_short_form_of_one_kind_keeps_the_other_settings(cakd, tmp_path):
     )
 
 
-def test_several_processes_are_refused(cakd, monkeypatch, toy_file):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = cakd("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8")
-
-    assert result.code == 7
-    assert "several processes are not supported" in result.err
-
-
 def test_a_loss_is_told_whole(cakd):
     document = cakd("list", "losses", "gdkd", "--json").document
     text = cakd("list", "losses", "gdkd").out

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from cakd_cli.console import Console
 from cakd_cli.engine import planning, run_directory
 from cakd_cli.engine.build import read_inputs
 from cakd_cli.engine.choices import as_begun
+from cakd_cli.engine.distributed import ALONE, Ranks, opened
+from cakd_cli.engine.progress import Silent
 from cakd_cli.engine.run import Start
 from cakd_cli.engine.run import run as run_engine
 from cakd_cli.errors import InputError, RecipeError, UsageError
@@ -45,16 +47,22 @@ class Wish:
 
 def run(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Console) -> None:
     """Resolve the recipe and run it, or say what it would do."""
-    facts = train(words, flags, wish, console=console)
-    console.result(facts, lambda stdout: tables.show_plan(stdout, facts) if wish.dry_run else _show(stdout, facts))
+    with opened() as ranks:
+        facts = train(words, flags, wish, console=console, ranks=ranks)
+    if ranks.first:
+        console.result(facts, lambda stdout: tables.show_plan(stdout, facts) if wish.dry_run else _show(stdout, facts))
 
 
-def train(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Console) -> dict[str, Any]:
+def train(
+    words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Console, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Do it, and return what run.json holds (or the plan) with the run's path.
 
     Raises:
         CakdError: If anything is missing, does not fit, diverges or is stopped.
     """
+    if ranks.restarted:
+        wish = replace(wish, resume=True, overwrite=False)
     if wish.resume and wish.overwrite:
         raise RecipeError("--resume and --overwrite exclude each other", hint="choose one")
     if wish.out == "":
@@ -64,18 +72,18 @@ def train(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Co
         (w.removeprefix("loss=") for w in words if re.fullmatch("loss=[a-z0-9-]+", w)), None
     )
     path = Path(wish.out).expanduser() if wish.out else _default_out(recipe, method, distil=wish.distil)
-    run_directory.check_free(path, resume=wish.resume, overwrite=wish.overwrite)
+    ranks.by_first(lambda: run_directory.check_free(path, resume=wish.resume, overwrite=wish.overwrite))
     _check_sources(recipe, path)
     if wish.resume and (path / "recipe.yaml").is_file():
         recipe = as_begun(recipe, run_directory.read_recipe(path))
-    inputs = read_inputs(recipe, fetch=not wish.dry_run)
+    inputs = read_inputs(recipe, fetch=not wish.dry_run, ranks=ranks)
     console.detail(strict_yaml.dump(run_directory.type_first(inputs.recipe.model_dump(mode="json"))))
     if recipe.teacher is not None and not recipe.needs_teacher:
         console.note("the teacher is not asked: no term of the loss needs it")
     if wish.dry_run:
         return planning.plan(inputs) | {"out": str(path)}
     start = Start(path, resume=wish.resume, overwrite=wish.overwrite, grace=wish.grace)
-    facts = run_engine(inputs, start, console)
+    facts = run_engine(inputs, start, console if ranks.first else Silent())
     return facts | {"out": str(path)}
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, InputSpec, Split, Views
+from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, InputSpec, Share, Split, Views
 from cakd_cli.data.images.folder import FolderSpec
 from cakd_cli.data.images.memory import MemorySplit
 from cakd_cli.data.images.noise import NoiseSpec
@@ -32,6 +32,7 @@ __all__ = [
     "ImageDataSet",
     "InputSpec",
     "MemorySplit",
+    "Share",
     "Split",
     "Views",
     "names",

@@ -52,6 +52,30 @@ class Batch(NamedTuple):
     samples: Tensor | None = None
 
 
+class Share(NamedTuple):
+    """What of each batch one process takes.
+
+    Attributes:
+        rank: The process's number.
+        ranks: Processes.
+        parts: Into which a batch is cut one after the other; each of them is shared.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    parts: int = 1
+
+    def of(self, samples_N: Tensor, batch_size: int) -> Tensor:
+        """Pick what is this process's of every full batch, in order; ranks times parts divide the batch size."""
+        full_N = samples_N[: len(samples_N) // batch_size * batch_size]
+        return full_N.view(-1, self.parts, self.ranks, batch_size // self.parts // self.ranks)[
+            :, :, self.rank
+        ].flatten()
+
+
+WHOLE = Share()
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a tensor without waiting where that is safe: not every accelerator keeps the source until it is copied."""
     return tensor.to(device, non_blocking=device.type == "cuda")
@@ -94,9 +118,9 @@ class Split(ABC):
 
     @abstractmethod
     def train_batches(
-        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on.
+        """Yield a share of the full batches of an epoch, shuffled and augmented, from batch number ``start`` on.
 
         Order and augmentation are functions of (seed, epoch, sample) alone: a resumed epoch goes on as it would have.
         """
@@ -208,8 +232,11 @@ class DataSpec(Options):
         """What a person calls this data."""
         return self.type
 
-    def without_auto(self) -> tuple[Self, dict[str, str]]:
+    def without_auto(self, processes: int = 1) -> tuple[Self, dict[str, str]]:
         """Choose what is left to the files and the machine.
+
+        Args:
+            processes: Of the run, which share the machine.
 
         Returns:
             The options without ``auto``, and why each was chosen, by key.

@@ -1,6 +1,5 @@
 """From a recipe to a run that can begin: read everything and, once all is chosen, build the task."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cakd_cli.data import ImageDataSet, MemorySplit
+from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_batch_norms
 from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.errors import HardwareError, RecipeError
 from cakd_cli.machine.hardware import Hardware, choose_hardware
@@ -32,6 +32,7 @@ class Inputs:
         teacher: On the device, with the layers that the loss looks at; none if no term needs one.
         reasons: Why each automatic choice was made so far, by recipe key.
         to_fetch: What would be downloaded, where nothing was.
+        ranks: The processes of the run.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Inputs:
     teacher: Teacher | None
     reasons: dict[str, str]
     to_fetch: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
 
     def first_images(self) -> Tensor:
         """Take the first training batch, to measure on."""
@@ -50,6 +52,7 @@ class Inputs:
             epoch=0,
             start=0,
             device=self.hardware.device,
+            share=self.ranks.share(self.recipe.engine.gradient_accumulation),
         )
         return next(iter(batches)).images
 
@@ -59,25 +62,28 @@ class Inputs:
         return len(self.data.train) // self.recipe.engine.batch_size
 
 
-def read_inputs(recipe: Recipe, *, fetch: bool = True) -> Inputs:
+def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> Inputs:
     """Read the data and the networks.
 
     Args:
         recipe: What to run.
         fetch: Whether what is not here may be downloaded; without it stand-ins of the same sizes take its place.
+        ranks: The processes of the run.
 
     Raises:
         CakdError: If anything is missing or does not fit.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise HardwareError("several processes are not supported", hint="start one process, without torchrun")
+    if is_launched() and ranks is ALONE:
+        raise HardwareError("this command is one process", hint="start it without torchrun")
     engine = recipe.engine
-    machine = choose_hardware(engine.device, engine.precision, channels_last=engine.channels_last)
-    spec, why = recipe.data.without_auto()
+    number = ranks.local if ranks.count > 1 else None
+    machine = choose_hardware(engine.device, engine.precision, channels_last=engine.channels_last, number=number)
+    spec, why = recipe.data.without_auto(ranks.local_count)
     recipe = recipe.model_copy(update={"data": spec})
     to_fetch = () if fetch else _to_fetch(recipe)
     data = _on_device(spec.load(fetch=fetch), machine)
     _check_data(recipe, data)
+    _check_ranks(recipe, ranks)
     example = data.input.example()
     torch.manual_seed(recipe.seed)
     student = initial_network(recipe.model, example, data.num_classes, fetch=fetch)
@@ -89,7 +95,7 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True) -> Inputs:
         teacher = load_teacher(recipe.teacher, data, machine, fetch=fetch)
         teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
     reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
-    return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, to_fetch)
+    return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, to_fetch, ranks)
 
 
 def _to_fetch(recipe: Recipe) -> tuple[str, ...]:
@@ -110,6 +116,16 @@ def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
                 raise RecipeError(
                     f"loss.{number}: {term.type} needs one label an image, and images of {data.name} may have several"
                 )
+
+
+def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    parts = ranks.count * recipe.engine.gradient_accumulation
+    if recipe.engine.batch_size % parts:
+        by = f"{ranks.count} processes" + (f" in {parts // ranks.count} parts each" if parts > ranks.count else "")
+        raise RecipeError(
+            f"engine.batch_size is {recipe.engine.batch_size}, which {by} cannot share equally",
+            hint=f"--batch-size {recipe.engine.batch_size // parts * parts or parts}",
+        )
 
 
 def _on_device(data: ImageDataSet, machine: Hardware) -> ImageDataSet:
@@ -133,6 +149,7 @@ class Job:
         data: What it looks at.
         task: What it trains.
         source: The teacher's answers to training batches; none without a teacher.
+        ranks: The processes of the run.
     """
 
     recipe: Recipe
@@ -140,6 +157,7 @@ class Job:
     data: ImageDataSet
     task: Task
     source: AnswerSource | None
+    ranks: Ranks = ALONE
 
     def close(self) -> None:
         """Close files, and remove what was hooked into the networks."""
@@ -154,7 +172,10 @@ def make_task(inputs: Inputs, recipe: Recipe) -> Task:
     Raises:
         RecipeError: If the student lacks a layer that a term names.
     """
-    task = Task(inputs.student, recipe.loss, inputs.data, inputs.hardware, inputs.teacher)
+    student = inputs.student
+    if inputs.ranks.count > 1 and recipe.engine.sync_batch_norm:
+        student = synchronise_batch_norms(student, inputs.hardware.device)
+    task = Task(student, recipe.loss, inputs.data, inputs.hardware, inputs.teacher)
     if recipe.engine.compile == "on":
         task.compile_student(recipe.engine.gradient_accumulation)
     return task

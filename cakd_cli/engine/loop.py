@@ -1,4 +1,4 @@
-"""The training loop: what changes while a run runs, and how it is saved and restored."""
+"""The training loop, and what changes while it runs."""
 
 import contextlib
 import math
@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cakd_cli.data import Batch
 from cakd_cli.engine import advice
 from cakd_cli.engine.build import Job
-from cakd_cli.engine.checkpoints import Checkpoint
-from cakd_cli.engine.optimizer import Optimizer, under
+from cakd_cli.engine.optimizer import Optimizer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import RunDirectory
-from cakd_cli.engine.stopping import StopRequest
-from cakd_cli.errors import DivergedError, InputError, StoppedError
+from cakd_cli.engine.state import seed_of_rank, snapshot
+from cakd_cli.engine.stopping import StopRequest, name_of
+from cakd_cli.errors import DivergedError, StoppedError
 from cakd_cli.evaluation import metrics
-from cakd_cli.evaluation.predict import predict
 from cakd_cli.losses import Weights
 from cakd_cli.models.layers import Answers
 
@@ -34,9 +34,12 @@ class Trainer:
     def __init__(self, job: Job, run: RunDirectory, progress: Progress, stop: StopRequest) -> None:
         self.job, self.run, self.progress, self.stop = job, run, progress, stop
         self.recipe, self.data, self.task, self.source = job.recipe, job.data, job.task, job.source
+        self.ranks = job.ranks
+        self.parallel = job.ranks.wrap(job.task)
+        self._graph_known = False
         self.hardware = job.hardware
         self.steps_per_epoch = len(job.data.train) // job.recipe.engine.batch_size
-        self.optimizer = Optimizer(job.task, job.recipe, self.steps_per_epoch)
+        self.optimizer = Optimizer(job.task, job.recipe, self.steps_per_epoch, job.ranks)
         self.weights = Weights(job.recipe.loss)
         self.epoch = 0  # epochs completed
         self.step = 0  # steps completed in the epoch under way
@@ -48,8 +51,9 @@ class Trainer:
         self.read_norms: list[float] = []
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] = {}
-        self._balance_said = False
+        self.balance_said = False
         self._saved_at = time.monotonic()
+        seed_of_rank(self)
 
     @property
     def network(self) -> nn.Module:
@@ -67,13 +71,13 @@ class Trainer:
         while self.epoch < self.recipe.engine.epochs:
             line = self.train_epoch() | self.validate()
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None
-            self.run.append_metrics(line)
+            if self.ranks.first:
+                self.run.append_metrics(line)
             self.progress.epoch(line)
             if not limit_said and line["seconds"] > _WORTH_A_LINE_SECONDS:
                 self.progress.note(advice.sentence(line["time"], self.recipe))
                 limit_said = True
-            self._save_if_due(last=self.epoch == self.recipe.engine.epochs)
-            self._stop_if_asked()
+            self._save_or_stop(last=self.epoch == self.recipe.engine.epochs)
         if not self.best_state:
             self.best_state = _copy(self.network.state_dict())
 
@@ -94,8 +98,7 @@ class Trainer:
                     rate = (self.step - first_step) * engine.batch_size / (time.perf_counter() - started)
                     self._say_imbalance()
                     self.progress.step(epoch=self.epoch, step=self.step, images_per_second=rate, parts=means)
-                self._save_if_due()
-                self._stop_if_asked()
+                self._save_or_stop()
         means = self._means()  # waits for the device: the time is told after it
         return self._end_epoch(means, time.perf_counter() - started, (self.step - first_step) * engine.batch_size)
 
@@ -103,19 +106,33 @@ class Trainer:
         """Learn from one batch, in the parts that the recipe asks for."""
         parts = self.recipe.engine.gradient_accumulation
         terms, number = self.weights.at(self.epoch + 1), self.epoch + 1
-        for part, part_answers in _cut(batch, answers, parts):
-            step = self.task(part, part_answers, terms, number, norms=self.norms_epoch != number)
-            if step.gradient_norms is not None:
-                self.norms_epoch, self.norms = number, step.gradient_norms
-            with self.task.watch("backward"):
-                (step.total / parts).backward()
+        for i, (part, part_answers) in enumerate(_cut(batch, answers, parts)):
+            with self._exchange(last=i == parts - 1):
+                step = self.parallel(part, part_answers, terms, number, norms=self.norms_epoch != number)
+                if step.gradient_norms is not None:
+                    self.norms_epoch, self.norms = number, self._norms_of_all(step.gradient_norms)
+                with self.task.watch("backward"):
+                    (step.total / parts).backward()
             self._add(step.parts)
+        self._graph_known = True
         with self.task.watch("optimizer"):
             # The sum over the epoch holds the loss of every part of this batch.
             assert self.sums is not None
             loss = self.sums[self.part_names.index("loss")]
             self.optimizer.step(self.epoch * self.steps_per_epoch + self.step, loss)
         self.step += 1
+
+    def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Average the gradients over the processes with the last part of a batch alone, once their graph is known."""
+        if last or not isinstance(self.parallel, DistributedDataParallel) or not self._graph_known:
+            return contextlib.nullcontext()
+        return self.parallel.no_sync()
+
+    def _norms_of_all(self, norms: Tensor) -> Tensor:
+        """Combine each process's norms of a gradient that all have a share of; -1 stays."""
+        if self.ranks.count == 1:
+            return norms
+        return torch.where(norms < 0, norms, (self.ranks.mean(norms.square()) / self.ranks.count).sqrt())
 
     def _batches(self) -> Generator[tuple[Batch, Answers | None], None, None]:
         batches = self.task.watch.each(
@@ -126,6 +143,7 @@ class Trainer:
                 epoch=self.epoch,
                 start=self.step,
                 device=self.hardware.device,
+                share=self.ranks.share(self.recipe.engine.gradient_accumulation),
             ),
         )
         if self.source is None:
@@ -145,11 +163,17 @@ class Trainer:
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
             "time": {part: round(share, 4) for part, share in self.task.watch.shares(seconds).items()},
-            **({} if self.source is None else {"teacher": self.source.take_counts()}),
+            **({} if self.source is None else {"teacher": self._counts()}),
             **({"weights": changing} if changing else {}),
             **({"gradient_norm": self._norms_by_term()} if len(self.read_norms) > 1 else {}),
             "train": means,
         }
+
+    def _counts(self) -> dict[str, int]:
+        """Images asked about and remembered, by all processes."""
+        assert self.source is not None
+        counts = self.ranks.gathered(self.source.take_counts())
+        return {key: sum(count[key] for count in counts) for key in counts[0]}
 
     def _add(self, parts: Mapping[str, Tensor]) -> None:
         values = torch.stack(list(parts.values()))
@@ -162,7 +186,7 @@ class Trainer:
         """Mean of each part over the epoch so far. The one place in an epoch where the host waits for the device."""
         assert self.sums is not None
         guard = torch.stack([self.optimizer.raised, self.optimizer.first_bad_step])
-        values = torch.cat([self.sums, guard, self.norms]).tolist()
+        values = torch.cat([self.ranks.mean(self.sums), guard, self.norms]).tolist()
         count = len(self.sums)
         sums, (raised, first_bad), self.read_norms = values[:count], values[count : count + 2], values[count + 2 :]
         if raised:
@@ -181,8 +205,8 @@ class Trainer:
 
     def _say_imbalance(self) -> None:
         """Say once, when the host first looks at the device anyway, that a term hardly counts beside another."""
-        if self.epoch == 0 and not self._balance_said:
-            self._balance_said = True
+        if self.epoch == 0 and not self.balance_said:
+            self.balance_said = True
             for line in advice.imbalance(self.weights, self.read_norms):
                 self.progress.warn(line)
 
@@ -194,8 +218,9 @@ class Trainer:
         """Measure the network on the held-out images, and keep it if it is the best so far."""
         if self.data.validation is None:
             return {}
-        size = self.recipe.engine.evaluation_batch_size
-        answers = predict(self.network, self.data.validation, self.task.normalisation, self.hardware, batch_size=size)
+        self.ranks.share_buffers(self.network)
+        size, split = self.recipe.engine.evaluation_batch_size, self.data.validation
+        answers = self.ranks.predict(self.network, split, self.task.normalisation, self.hardware, batch_size=size)
         figures = metrics.brief(*answers)
         if not math.isfinite(figures["nll"]):
             raise DivergedError(
@@ -207,68 +232,26 @@ class Trainer:
             self.best_state = _copy(self.network.state_dict())
         return {"validation": figures}
 
-    def _stop_if_asked(self) -> None:
-        if self.stop.signal_name is None or self.epoch == self.recipe.engine.epochs:
-            return
-        self._save()
-        command = "distill" if self.recipe.teacher else "train-teacher"
-        raise StoppedError(
-            f"stopped by {self.stop.signal_name} after epoch {self.epoch}, step {self.step}; checkpoint saved",
-            hint=f"cakd {command} --resume --out {shlex.quote(str(self.run.path))}",
-        )
-
-    def _save_if_due(self, *, last: bool = False) -> None:
-        if last or time.monotonic() - self._saved_at >= self.recipe.engine.checkpoint_seconds:
+    def _save_or_stop(self, *, last: bool = False) -> None:
+        """Save if it is time, and stop if somebody asked one of the processes to."""
+        due = last or time.monotonic() - self._saved_at >= self.recipe.engine.checkpoint_seconds
+        number, due_somewhere = self.ranks.agreed(self.stop.number, due)
+        if due_somewhere or (number and not last):
             self._save()
+        if number and not last:
+            command = "distill" if self.recipe.teacher else "train-teacher"
+            raise StoppedError(
+                f"stopped by {name_of(number)} after epoch {self.epoch}, step {self.step}; checkpoint saved",
+                hint=f"cakd {command} --resume --out {shlex.quote(str(self.run.path))}",
+            )
 
     def _save(self) -> None:
         if self.sums is not None:
             self._means()  # a checkpoint of a diverged run would be of no use
-        training = self.optimizer.state()
-        training |= {f"terms.{key}": tensor for key, tensor in self.task.term_modules.state_dict().items()}
-        training |= {f"random.{kind}": state for kind, state in self.hardware.random_state().items()}
-        if self.sums is not None:
-            training["sums"] = self.sums
-        training["gradient_norms"] = self.norms
-        state = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "part_names": self.part_names,
-            "best": self.best,
-            "weights": self.weights.state(),
-            "gradient_norms": {"epoch": self.norms_epoch, "said": self._balance_said},
-        }
-        self.run.checkpoints.save(Checkpoint(self.task.student.state_dict(), training, self.best_state, state))
+        checkpoint = snapshot(self)
+        if self.ranks.first:
+            self.run.checkpoints.save(checkpoint)
         self._saved_at = time.monotonic()
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a saved moment.
-
-        Raises:
-            InputError: If its parts do not fit the run.
-        """
-        try:
-            self._restore(checkpoint.model, checkpoint.training, checkpoint.state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(
-                f"{self.run.path}: damaged checkpoint: {what}", hint="start again with --overwrite"
-            ) from error
-        self.best_state = checkpoint.best
-
-    def _restore(self, model: dict[str, Tensor], training: dict[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.task.student.load_state_dict(model)
-        self.optimizer.restore(training)
-        self.task.term_modules.load_state_dict(under("terms.", training))
-        self.hardware.restore_random_state(under("random.", training))
-        self.sums = training["sums"].to(self.hardware.device) if "sums" in training else None
-        self.norms = training["gradient_norms"].to(self.hardware.device)
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
-        if not (0 <= self.epoch <= self.recipe.engine.epochs and 0 <= self.step < self.steps_per_epoch):
-            raise ValueError(f"epoch {self.epoch}, step {self.step} lies outside the run")
-        self.part_names, self.best = state["part_names"], state["best"]
-        self.weights.restore(state["weights"])
-        self.norms_epoch, self._balance_said = state["gradient_norms"]["epoch"], state["gradient_norms"]["said"]
 
 
 def _cut(batch: Batch, answers: Answers | None, parts: int) -> Iterator[tuple[Batch, Answers | None]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from cakd_cli.engine.distributed import ALONE, Ranks
 from cakd_cli.engine.task import Task
 from cakd_cli.recipe.schema import (
     AdamWOptions,
@@ -31,6 +32,7 @@ class Optimizer:
         task: What is trained.
         recipe: Its settings.
         steps_per_epoch: Steps in an epoch.
+        ranks: The processes of the run, which leave out a step together.
 
     Attributes:
         parameters: By name, the student's first.
@@ -39,8 +41,8 @@ class Optimizer:
         first_bad_step: The step at which that happened, on the device; -1 before.
     """
 
-    def __init__(self, task: Task, recipe: Recipe, steps_per_epoch: int) -> None:
-        self._recipe = recipe
+    def __init__(self, task: Task, recipe: Recipe, steps_per_epoch: int, ranks: Ranks = ALONE) -> None:
+        self._recipe, self._ranks = recipe, ranks
         self.steps_per_epoch = steps_per_epoch
         self.parameters = dict(task.named_parameters())
         self.torch_optimizer = make_optimizer(recipe.optimizer, list(self.parameters.values()))
@@ -71,9 +73,9 @@ class Optimizer:
     def _look(self, loss: Tensor, number: int) -> None:
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        bad = ~(loss.detach().isfinite() & norm.isfinite())
-        self.first_bad_step.copy_(torch.where(bad & (self.raised == 0), float(number), self.first_bad_step))
-        self.raised.copy_(torch.maximum(self.raised, bad.float()))
+        bad = self._ranks.largest((~(loss.detach().isfinite() & norm.isfinite())).float())
+        self.first_bad_step.copy_(torch.where(bad > self.raised, float(number), self.first_bad_step))
+        self.raised.copy_(torch.maximum(self.raised, bad))
 
     def learning_rate(self, number: int) -> float:
         """Rate of a step, from 0 over the whole run."""

@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from cakd_cli import __version__
 from cakd_cli.data import ImageDataSet
-from cakd_cli.engine import run_directory
+from cakd_cli.engine import run_directory, state
 from cakd_cli.engine.build import Inputs, Job, make_source, make_task
 from cakd_cli.engine.checkpoints import Checkpoint
 from cakd_cli.engine.choices import Choices, decide
@@ -23,7 +23,6 @@ from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError, first_line
 from cakd_cli.evaluation import metrics
-from cakd_cli.evaluation.predict import predict
 from cakd_cli.evaluation.teacher_check import check_teacher
 from cakd_cli.losses.weights import ChangingWeight
 from cakd_cli.machine.stopwatch import Stopwatch
@@ -68,41 +67,80 @@ def run(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
     Raises:
         CakdError: If the run cannot begin, diverges or is stopped.
     """
-    out, overwrite = start.out, start.overwrite
-    directory = RunDirectory.open(out, resume=start.resume, overwrite=overwrite)
+    ranks = inputs.ranks
+    opened = ranks.by_first(lambda: RunDirectory.open(start.out, resume=start.resume, overwrite=start.overwrite))
+    directory = opened or RunDirectory(start.out)
     try:
-        before = {} if overwrite else directory.facts()
-        whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
-        if (out / "recipe.yaml").is_file() and not overwrite:
-            now = decide(inputs, measure=False).recipe  # a refusal need not wait for measurements
-            run_directory.check_same_recipe(run_directory.read_recipe(out), now, out)
-        if before.get("ended") == "completed" and whole:
-            progress.note(f"{out} is already finished")
-            return before
-        checkpoint = None if overwrite else directory.checkpoints.latest()
-        for trace in directory.traces():
-            progress.note(trace)
-        for problem in directory.checkpoints.damaged:
-            progress.warn(f"{problem}; the one before it is used")
-        if checkpoint is not None:
-            _check_same_inputs(before, inputs, out, progress)
+        begun = ranks.told(ranks.by_first(lambda: _begun(directory, inputs, start, progress)))
+        assert begun is not None
+        if begun.finished:
+            progress.note(f"{start.out} is already finished")
+            return begun.facts
         inputs.hardware.keep_freed_memory()
         with _torch_errors(inputs.recipe):
-            choices = decide(inputs)
+            choices = decide_together(inputs)
         facts = _facts(choices)
-        if checkpoint is not None:
-            facts = _gone_on(before, facts)
+        if begun.checkpoint is not None:
+            facts = _gone_on(begun.facts, facts)
         with _torch_errors(choices.recipe):
             job = _build(choices, facts, progress)
         with contextlib.closing(job):
-            if overwrite:
-                directory.clear()  # not sooner: what cannot begin replaces nothing
-            directory.write_recipe(job.recipe)
-            stop = StopRequest(start.grace, directory.checkpoints.exist)
-            with stop.listening():
-                return _train(Trainer(job, directory, progress, stop), checkpoint, facts)
+            ranks.by_first(lambda: _enter(directory, job.recipe, overwrite=start.overwrite))
+            stop = StopRequest(start.grace, lambda: any(start.out.glob("checkpoints/epoch-*")))
+            with stop.listening(), _torch_errors(job.recipe):
+                return _train(Trainer(job, directory, progress, stop), begun.checkpoint, facts)
     finally:
         directory.close()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What of an earlier start of the run is there."""
+
+    facts: dict[str, Any]
+    finished: bool
+    checkpoint: Checkpoint | None
+
+
+def _begun(directory: RunDirectory, inputs: Inputs, start: Start, progress: Progress) -> _Begun:
+    """Read what is there; settings, data and teacher must be those of the beginning."""
+    if start.overwrite:
+        return _Begun({}, finished=False, checkpoint=None)
+    out = start.out
+    before = directory.facts()
+    whole = "metrics" in before and all((out / name).is_file() for name in ("config.json", "model.safetensors"))
+    if (out / "recipe.yaml").is_file():
+        now = decide(inputs, measure=False).recipe  # a refusal need not wait for measurements
+        run_directory.check_same_recipe(run_directory.read_recipe(out), now, out)
+    if before.get("ended") == "completed" and whole:
+        return _Begun(before, finished=True, checkpoint=None)
+    checkpoint = directory.checkpoints.latest()
+    for trace in directory.traces():
+        progress.note(trace)
+    for problem in directory.checkpoints.damaged:
+        progress.warn(f"{problem}; the one before it is used")
+    if checkpoint is not None:
+        _check_same_inputs(before, inputs, out, progress)
+    return _Begun(before, finished=False, checkpoint=checkpoint)
+
+
+def decide_together(inputs: Inputs) -> Choices:
+    """Let one process measure and choose, and the others follow."""
+    ranks = inputs.ranks
+    if ranks.count == 1:
+        return decide(inputs)
+    chosen = ranks.by_first(lambda: decide(inputs))
+    recipe = ranks.told(None if chosen is None else chosen.recipe.model_dump_json())
+    if chosen is None:
+        assert recipe is not None
+        chosen = decide(replace(inputs, recipe=Recipe.model_validate_json(recipe)), measure=False)
+    return chosen
+
+
+def _enter(directory: RunDirectory, recipe: Recipe, *, overwrite: bool) -> None:
+    if overwrite:
+        directory.clear()  # not sooner: what cannot begin replaces nothing
+    directory.write_recipe(recipe)
 
 
 def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
@@ -112,17 +150,17 @@ def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
         progress.note(line)
     for line in choices.warnings:
         progress.warn(line)
-    checked = _check_teacher(choices, facts["data"], progress)
+    checked = inputs.ranks.told(inputs.ranks.by_first(lambda: _check_teacher(choices, facts["data"], progress)))
     source = make_source(inputs, recipe, progress.note)
-    if source is not None and source.memory is not None and source.memory.folder is not None:
-        memory.write_check(source.memory.identity, facts["data"], checked)
+    if source is not None and source.memory is not None and source.memory.folder is not None and inputs.ranks.first:
+        memory.write_check(source.memory.identity, facts["data"], checked or {})
     try:
         task = make_task(inputs, recipe)
     except BaseException:
         if source is not None:
             source.close()
         raise
-    return Job(recipe, inputs.hardware, inputs.data, task, source)
+    return Job(recipe, inputs.hardware, inputs.data, task, source, inputs.ranks)
 
 
 def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progress) -> dict[str, float]:
@@ -148,11 +186,11 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any
     job, directory, progress = trainer.job, trainer.run, trainer.progress
     try:
         with _torch_errors(job.recipe):
-            directory.write_facts(facts | {"ended": "running"})
+            trainer.ranks.by_first(lambda: directory.write_facts(facts | {"ended": "running"}))
             if checkpoint is not None:
-                trainer.restore(checkpoint)
+                state.restore(trainer, checkpoint)
                 progress.note(f"resumed after epoch {trainer.epoch}, step {trainer.step}")
-            directory.keep_metrics(trainer.epoch)
+            trainer.ranks.by_first(lambda: directory.keep_metrics(trainer.epoch))
             progress.start(
                 epochs=job.recipe.engine.epochs,
                 steps_per_epoch=trainer.steps_per_epoch,
@@ -166,14 +204,15 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any
             return _finish(trainer, facts)
     except BaseException as error:
         # The first error is the one to report, also where the disk is too full to note it.
-        with contextlib.suppress(OSError):
-            directory.write_facts(facts | {"ended": _why_ended(error), "finished_at": run_directory.now()})
+        if trainer.ranks.first:
+            with contextlib.suppress(OSError):
+                directory.write_facts(facts | {"ended": _why_ended(error), "finished_at": run_directory.now()})
         raise
 
 
 def _finish(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     """Measure the chosen network in float32, look at the test set for the first and only time, and write the folder."""
-    job, directory = trainer.job, trainer.run
+    job = trainer.job
     recipe, data, student = job.recipe, job.data, job.task.student
     machine = job.hardware.full_precision()
     student.load_state_dict(trainer.best_state)
@@ -182,14 +221,24 @@ def _finish(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     for name, split in (("validation", data.validation), ("test", data.test)):
         if split is not None:
             size = recipe.engine.evaluation_batch_size
-            figures[name] = metrics.quality(*predict(student, split, normalisation, machine, batch_size=size))
+            figures[name] = metrics.quality(
+                *trainer.ranks.predict(student, split, normalisation, machine, batch_size=size)
+            )
     facts |= {
         "ended": "completed",
         "finished_at": run_directory.now(),
         "best": trainer.best or {"epoch": recipe.engine.epochs},
         "metrics": figures,
-        "images_per_second": [line["images_per_second"] for line in directory.metrics()],
     }
+    trainer.ranks.by_first(lambda: _write(trainer, facts))
+    return facts
+
+
+def _write(trainer: Trainer, facts: dict[str, Any]) -> None:
+    """Write the finished folder; ``facts`` gets what is only known now."""
+    job, directory = trainer.job, trainer.run
+    recipe, data, student = job.recipe, job.data, job.task.student
+    facts["images_per_second"] = [line["images_per_second"] for line in directory.metrics()]
     saved = saving.SavedModel(
         model=student.cpu().eval(),
         spec=recipe.model,
@@ -201,7 +250,6 @@ def _finish(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     facts["weights_hash"] = saving.weights_hash(saved.model.state_dict())
     directory.write_facts(facts)
     directory.checkpoints.drop()
-    return facts
 
 
 def preprocessing_of(data: ImageDataSet) -> Preprocessing:
@@ -299,6 +347,7 @@ def _facts(choices: Choices) -> dict[str, Any]:
             "device": str(inputs.hardware.device),
             "name": inputs.hardware.name,
             "precision": inputs.hardware.precision,
+            **inputs.ranks.describe(),
         },
         "started_at": run_directory.now(),
         "seed": recipe.seed,

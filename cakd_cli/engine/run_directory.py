@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,7 +41,7 @@ _OWN_NAMES = (
 
 
 class RunDirectory:
-    """One run's folder, locked while it is open.
+    """One run's folder, locked while it is open; other processes of the run have it without a lock, and write nothing.
 
     Attributes:
         path: The folder.
@@ -49,10 +49,10 @@ class RunDirectory:
         left_by: Whose lock was found, if its process died without closing it.
     """
 
-    def __init__(self, path: Path, lock: TextIO, created: list[Path]) -> None:
+    def __init__(self, path: Path, lock: TextIO | None = None, created: Sequence[Path] = ()) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
-        self.left_by = _holder(lock)
+        self.left_by = _holder(lock) if lock is not None else ""
         self._lock = lock
         self._created = created
 
@@ -79,6 +79,7 @@ class RunDirectory:
 
     def _write_holder(self) -> None:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now()}
+        assert self._lock is not None
         with contextlib.suppress(OSError):  # a full disk will tell soon enough
             self._lock.truncate(0)
             os.write(self._lock.fileno(), json.dumps(holder).encode())
@@ -100,6 +101,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Unlock the folder; what was made for a run that never began is removed again."""
+        if self._lock is None:
+            return
         try:
             if self._created and [entry.name for entry in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()

@@ -13,6 +13,11 @@ from cakd_cli.errors import ExitCode
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
+def name_of(number: int) -> str:
+    """Name a signal."""
+    return signal.Signals(number).name
+
+
 class StopRequest:
     """Whether somebody has asked the run to stop.
 
@@ -23,15 +28,15 @@ class StopRequest:
     """
 
     def __init__(self, grace: float | None = None, is_saved: Callable[[], bool] = lambda: False) -> None:
-        self.signal_name: str | None = None
+        self.number = 0  # of the first signal
         self._grace = grace
         self._is_saved = is_saved
         self._watchdog: threading.Timer | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        if self.number:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        self.number = number
         if self._grace is not None:
             self._watchdog = threading.Timer(self._grace, self._leave)
             self._watchdog.daemon = True
@@ -42,7 +47,7 @@ class StopRequest:
         saved = self._is_saved()
         what = "the last checkpoint stays; run the same command with --resume" if saved else "there is no checkpoint"
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"error: {self._grace:g} s after {self.signal_name} the step was not done: {what}\n")
+            sys.stderr.write(f"error: {self._grace:g} s after {name_of(self.number)} the step was not done: {what}\n")
             sys.stderr.flush()
         os._exit(ExitCode.STOPPED if saved else ExitCode.INTERRUPTED)
 

@@ -86,19 +86,24 @@ class Hardware:
         return describe(self.device)
 
 
-def choose_hardware(device: str = "auto", precision: str = "auto", *, channels_last: bool = True) -> Hardware:
+def choose_hardware(
+    device: str = "auto", precision: str = "auto", *, channels_last: bool = True, number: int | None = None
+) -> Hardware:
     """Find the device and the precision that were asked for, or the best that are here, and make it the process's own.
 
     Args:
         device: ``auto``, or a name of torch's.
         precision: ``auto``, ``fp32`` or ``bf16``.
         channels_last: Layout of image tensors.
+        number: Of this process among those of its run on this machine, which is its accelerator's; none of one alone.
 
     Raises:
         HardwareError: If the device does not exist or cannot compute in the precision.
     """
     reasons: dict[str, str] = {}
     found = _find_device(device, reasons)
+    if number is not None and found.type != "cpu":
+        found = _own_device(found, number)
     if found.type != "cpu" and found.index is not None:
         # Events and streams that name no device are the current one's.
         torch.accelerator.set_device_index(found.index)
@@ -136,6 +141,17 @@ def _find_device(name: str, reasons: dict[str, str]) -> torch.device:
     ):
         raise HardwareError(f"no device '{name}'; {here}", hint="leave --device out to use what is there")
     return device
+
+
+def _own_device(device: torch.device, number: int) -> torch.device:
+    """Give each process of a machine an accelerator of its own."""
+    count = torch.accelerator.device_count()
+    if number >= count:
+        raise HardwareError(
+            f"process {number} of this machine has no {device.type}: there are {count}",
+            hint=f"start {count} processes a machine, or --device cpu",
+        )
+    return torch.device(device.type, number)
 
 
 def _native_bf16(device: torch.device) -> str:

@@ -97,6 +97,9 @@ class EngineOptions(Options):
     teacher_memory_gb: float = Field(
         8.0, gt=0, le=1e6, description="most room for all answers, in 10^9 bytes; over it the teacher is asked live"
     )
+    sync_batch_norm: bool = Field(
+        True, description="whether batch norms see the batch of all processes together, or each its own share"
+    )
     channels_last: bool = Field(True, description="memory layout that convolutions prefer")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay a step of an average of the weights, which is what is saved; 0 = off"

@@ -121,7 +121,7 @@ def test_a_run_whose_end_fails_is_not_trained_again(cakd, words, straight, tmp_p
     def unreadable(*arguments, **options):
         raise InputError("test/cat/1.png: cannot be read as an image")
 
-    monkeypatch.setattr(run, "predict", unreadable)
+    monkeypatch.setattr(run.metrics, "quality", unreadable)
     assert cakd(*words, "--out", tmp_path / "run").code == 4
     monkeypatch.undo()
 

@@ -1,5 +1,6 @@
 """What a run opens it closes: files, hooks, generators."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -51,7 +52,7 @@ def test_a_stopped_epoch_closes_its_answers_at_once(make_trainer, monkeypatch):
     trainer = make_trainer("engine.teacher_memory=ram")
     flushed = []
     monkeypatch.setattr(type(trainer.source), "flush", lambda self: flushed.append(trainer.step))
-    trainer.stop.signal_name = "SIGTERM"
+    trainer.stop.number = signal.SIGTERM
 
     with pytest.raises(StoppedError) as stopped:
         trainer.train_epoch()

@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from cakd_cli.data.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    WHOLE,
     Batch,
     DataSpec,
     ImageDataSet,
+    Share,
     Split,
     Views,
     hold_out,
@@ -163,13 +165,13 @@ class FolderSplit(Split):
         return FolderSplit(self._samples, self._spec, self._index_N[indices_N], self._decoded)
 
     def train_batches(
-        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        """Yield a share of the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
         generator = torch.Generator().manual_seed(epoch_key(seed, epoch))
         order = self._index_N[torch.randperm(len(self), generator=generator)]
-        full = len(self) // batch_size * batch_size
-        chunks = order[start * batch_size : full].split(batch_size)
+        size = batch_size // share.ranks
+        chunks = share.of(order, batch_size)[start * size :].split(size)
         if self._decoded is not None:
             self._decoded.create()
         views = self._spec.views
@@ -257,8 +259,9 @@ class FolderSpec(DataSpec):
         """Processes that decode images."""
         return min(8, _cores()) if self.workers == "auto" else self.workers
 
-    def without_auto(self) -> tuple[Self, dict[str, str]]:
-        update: dict[str, Any] = {"workers": self.num_workers}
+    def without_auto(self, processes: int = 1) -> tuple[Self, dict[str, str]]:
+        workers = max(1, self.num_workers // processes) if self.workers == "auto" else self.num_workers
+        update: dict[str, Any] = {"workers": workers}
         reasons = {}
         if self.image_size == "auto":
             update["image_size"], reasons["image_size"] = self._size_of_files()

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, Split, Views, hold_out, to_device
+from cakd_cli.data.base import (
+    WHOLE,
+    Batch,
+    DataSpec,
+    ImageDataSet,
+    Share,
+    Split,
+    Views,
+    hold_out,
+    to_device,
+)
 from cakd_cli.data.images.augmentation import draw_views, epoch_key, num_views, take_views
 from cakd_cli.errors import InputError, RecipeError
 
@@ -71,20 +81,21 @@ class MemorySplit(Split):
         return self._like(self.images_NCHW[home_N], self.labels_N[home_N], self.number_N[indices_N.cpu()])
 
     def train_batches(
-        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device
+        self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yield the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        """Yield a share of the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
         if self._padded_NHWC is None:
             padded = functional.pad(self.images_NCHW, [self.padding] * 4)
             self._padded_NHWC = padded.permute(0, 2, 3, 1).contiguous()
         # Drawn on the CPU, so that every device sees one order and the host knows each view; one transfer an epoch.
         order_N = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch_key(seed, epoch)))
+        order_N, size = share.of(order_N, batch_size), batch_size // share.ranks
         number_N = self.number_N[order_N]
         view_N = draw_views(number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
         name_N = number_N * self.views.per_sample + view_N
         order_N, view_N, sample_N = (x.to(self.labels_N.device) for x in (order_N, view_N, number_N))
-        for first in range(start * batch_size, len(self) // batch_size * batch_size, batch_size):
-            chosen = slice(first, first + batch_size)
+        for first in range(start * size, len(order_N), size):
+            chosen = slice(first, first + size)
             images = take_views(
                 self._padded_NHWC, order_N[chosen], view_N[chosen], padding=self.padding, flip=self.flip
             )

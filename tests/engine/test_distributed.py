@@ -1,0 +1,262 @@
+"""Several processes train the run that one would have trained."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cakd_cli.data import Share
+from cakd_cli.engine import distributed
+from tests.engine.test_resume import wait_for
+
+WORKER = Path(__file__).with_name("ranks.py")
+COMMON = (
+    "--student",
+    "resnet8",
+    "--batch-size",
+    "48",
+    "--device",
+    "cpu",
+    "--epochs",
+    "2",
+    "optimizer.learning_rate=0.002",
+)
+DIVERGES = ("optimizer.learning_rate=100", "optimizer.momentum=0.99", "optimizer.weight_decay=1")
+METHODS = {
+    "kd": ("--loss", "kd"),
+    "cakd": ("--loss", "cakd", "loss.1.beta={type: adaptive, base: 8}", "engine.ema_decay=0.8"),
+    "ctkd": ("--loss", "ctkd", "engine.gradient_accumulation=2"),
+    "own batch norms": ("--loss", "kd", "engine.sync_batch_norm=false"),
+}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launch(count, jobs, folder, *, stop_after=0):
+    """Start the processes as torchrun would, without its own."""
+    folder.mkdir(exist_ok=True)
+    described = [{"words": list(map(str, job)), "port": free_port(), "stop_after": stop_after} for job in jobs]
+    (folder / "jobs.json").write_text(json.dumps(described))
+    environment = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder / "jobs.json")],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def run_ranks(count, jobs, folder, *, stop_after=0):
+    said = [process.communicate(timeout=240) for process in launch(count, jobs, folder, stop_after=stop_after)]
+    return json.loads((folder / "results.json").read_text()), said
+
+
+@pytest.fixture(scope="session")
+def trained(toy_file, toy_teacher, tmp_path_factory):
+    """Each method on one process and on two, with what was said; the test processes share it."""
+    folder = tmp_path_factory.getbasetemp().parent / f"ranks-{os.environ.get('PYTEST_XDIST_TESTRUNUID')}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not (folder / "done.json").exists():
+            # Of this process, and the others read them.
+            shutil.copy(toy_file, folder / "toy.safetensors")
+            shutil.copytree(toy_teacher, folder / "teacher")
+            (folder / "done.json").write_text(json.dumps({count: train_methods(count, folder) for count in (1, 2)}))
+    return folder, {int(count): done for count, done in json.loads((folder / "done.json").read_text()).items()}
+
+
+def train_methods(count, folder):
+    jobs = {name: (*words(folder), *method, "--out", folder / f"{count} {name}") for name, method in METHODS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAKD_HOME", str(folder / f"home{count}"))
+        results, said = run_ranks(count, jobs.values(), folder / f"jobs{count}")
+    assert [result["code"] for result in results] == [0] * len(jobs), said
+    return {name: result["losses"] for name, result in zip(jobs, results, strict=True)}, said
+
+
+def words(folder):
+    data = ("--data", f"tensors:{folder / 'toy.safetensors'}", "--teacher", folder / "teacher")
+    return ("distill", *COMMON, *data, "engine.teacher_memory=disk")
+
+
+def lines(folder, count, name):
+    return [json.loads(line) for line in (folder / f"{count} {name}" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["kd", "cakd", "ctkd"])
+def test_two_processes_train_the_same_run(trained, name):
+    folder, done = trained
+    one, two = (torch.tensor(done[count][0][name]) for count in (1, 2))
+
+    assert one.shape == two.shape
+    assert (one - two).abs().max() < 1e-5 * (4 if name == "cakd" else 1)
+    for alone, together in zip(lines(folder, 1, name), lines(folder, 2, name), strict=True):
+        assert together["train"] == pytest.approx(alone["train"], abs=1e-4)
+        assert together["validation"] == pytest.approx(alone["validation"], abs=1e-4)
+        assert together.get("gradient_norm", {}) == pytest.approx(alone.get("gradient_norm", {}), rel=1e-3)
+        # Every view is asked about once by whoever meets it first, and later runs find it.
+        assert together["teacher"] == alone["teacher"]
+    for key, value in load_file(folder / f"1 {name}" / "model.safetensors").items():
+        assert torch.allclose(value, load_file(folder / f"2 {name}" / "model.safetensors")[key], atol=1e-4), key
+
+
+def test_own_batch_norms_are_another_run(trained):
+    _, done = trained
+    one, two = (torch.tensor(done[count][0]["own batch norms"]) for count in (1, 2))
+
+    assert (one - two).abs().max() > 1e-3
+    assert two[:, 0].isfinite().all()
+
+
+def test_one_process_speaks(trained):
+    folder, done = trained
+    (out, err), (other_out, other_err) = done[2][1]
+
+    assert out.count("test top-1") == len(METHODS)
+    assert "epoch 1/2" in err
+    assert (other_out, other_err) == ("", "")
+    facts = json.loads((folder / "2 kd" / "run.json").read_text())
+    assert facts["hardware"]["ranks"] == 2
+    assert facts["hardware"]["hosts"] == [socket.gethostname()]
+
+
+def test_the_processes_fail_with_one_voice(toy_file, toy_teacher, tmp_path):
+    """What both see is said once, what rank 0 alone sees as well; a batch that cannot be shared is refused."""
+    common = ("distill", *COMMON, "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--loss", "kd")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "diary.txt").write_text("dear diary")
+    jobs = [
+        (*common, "--out", tmp_path / "taken"),
+        (*common, "--out", tmp_path / "odd", "--batch-size", 47),
+        (*common, "--out", tmp_path / "wrong", "optimizer.learning_rte=1"),
+        (*common, "--out", tmp_path / "diverged", "engine.epochs=30", *DIVERGES),
+        ("bench", *COMMON[:4], "loss=kd", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher),
+    ]
+
+    results, said = run_ranks(2, jobs, tmp_path / "jobs")
+
+    assert [result["code"] for result in results] == [4, 3, 3, 5, 7]
+    text = "".join(err for _, err in said)
+    for sentence in (
+        "holds files that are not a run's: diary.txt",
+        "engine.batch_size is 47, which 2 processes cannot share equally\n",
+        "unknown key; did you mean learning_rate?",
+        "not finite",
+    ):
+        assert text.count(sentence) == 1, text
+    assert "Traceback" not in text
+
+
+def test_a_batch_is_shared_without_gaps():
+    order, size = torch.randperm(50), 24
+    shares = [Share(rank, 4, parts=2).of(order, size).view(2, 2, 3) for rank in range(4)]
+
+    assert torch.equal(torch.cat(shares, dim=2).flatten(), order[:48])
+    assert torch.equal(Share(parts=3).of(order, size), order[:48])
+
+
+def test_a_launcher_that_says_too_little_is_named(cakd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    result = cakd("distill", "--loss", "kd")
+
+    assert result.code == 7
+    assert "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in result.err
+    assert "torchrun" in result.err
+
+
+def test_batch_norm_of_all_is_batch_norm(monkeypatch):
+    """With one process the sum over all is its own."""
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(distributed.distributed, "get_world_size", lambda: 1)
+    torch.manual_seed(0)
+    plain, images = nn.BatchNorm2d(3, dtype=torch.float64), torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    nn.init.normal_(plain.weight)
+    same = nn.BatchNorm2d(3, dtype=torch.float64)
+    same.load_state_dict(plain.state_dict())
+    (same,) = distributed.synchronise_batch_norms(nn.Sequential(same), torch.device("cpu"))
+    given = [images.clone().requires_grad_() for _ in range(2)]
+    for network, input_ in ((plain, given[0]), (same, given[1])):
+        network(input_).pow(3).sum().backward()
+
+    assert torch.allclose(given[0].grad, given[1].grad, atol=1e-12)
+    assert torch.allclose(plain.weight.grad, same.weight.grad)
+    for key, value in plain.state_dict().items():
+        assert torch.allclose(value, same.state_dict()[key]), key
+    assert torch.allclose(plain.eval()(images), same.eval()(images))
+
+
+@pytest.mark.parametrize("counts", [(2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)], ids=str)
+def test_another_number_of_processes_goes_on(trained, tmp_path, monkeypatch, counts):
+    """One asks to stop and all do; the last one ends as one alone does."""
+    monkeypatch.setenv("CAKD_HOME", str(trained[0] / "home1"))
+    resumed = (*words(trained[0]), *METHODS["kd"], "--resume", "--out", tmp_path / "run")
+    losses = []
+    for number, count in enumerate(counts):
+        steps, code = (1, 75) if number < len(counts) - 1 else (0, 0)
+        results, said = run_ranks(count, [resumed], tmp_path / f"jobs{number}", stop_after=steps)
+        assert results[0]["code"] == code, said
+        text = "".join(err for _, err in said)
+        assert text.count("stopped by SIGTERM after epoch") == (code == 75), text
+        losses += results[0]["losses"]
+
+    straight = torch.tensor(trained[1][1][0]["kd"])
+    assert (straight - torch.tensor(losses)).abs().max() < 1e-5
+    one = load_file(trained[0] / "1 kd" / "model.safetensors")
+    for key, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.allclose(value, one[key], atol=1e-4), key
+    begun = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (begun["hardware"].get("ranks", 1), len(begun["resumed"])) == (counts[0], len(counts) - 1)
+
+
+def torchrun(*words, count=2, restarts=3):
+    command = ["torchrun", "--nproc-per-node", count, "--max-restarts", restarts, "--master-port", free_port()]
+    return subprocess.Popen(
+        [*map(str, command), "-m", "cakd_cli", *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ranks_below(process):
+    """The processes that torchrun has started, youngest last."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"cakd_cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_torchrun_restarts_what_was_killed(trained, tmp_path, monkeypatch):
+    """Without --resume: a restarted process goes on."""
+    monkeypatch.setenv("CAKD_HOME", str(trained[0] / "home1"))
+    process = torchrun(*words(trained[0]), *METHODS["kd"], "engine.checkpoint_seconds=0", "--out", tmp_path / "run")
+    wait_for(lambda: len(list((tmp_path / "run").glob("checkpoints/epoch-*"))) > 0, process)
+    os.kill(ranks_below(process)[-1], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+
+    assert process.returncode == 0, err
+    assert out.count("test top-1") == 1
+    assert "Traceback" not in err
+    one = load_file(trained[0] / "1 kd" / "model.safetensors")
+    for key, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.allclose(value, one[key], atol=1e-4), key
