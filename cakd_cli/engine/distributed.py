@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -178,7 +178,7 @@ def opened() -> Iterator[Ranks]:
         if not any(word in str(error).lower() for word in _LOST):
             raise
         lost = HardwareError(
-            f"another process of this run is gone: {first_line(error)}",
+            f"another process of this run is gone: {first_line(error).split('. This is')[0]}",
             hint="the same command with --resume goes on; torchrun --max-restarts 3 does so by itself",
         )
         _leave_it_to_one(store, lost)
@@ -201,20 +201,27 @@ def _meet() -> tuple[Store, Ranks]:
         if accelerator is not None and accelerator.type != "mps":
             backend += f",{accelerator.type}:{distributed.get_default_backend_for_device(accelerator)}"
         store, rank, count = next(rendezvous("env://", rank, count))
+        # On one machine torchrun keeps its store when it starts again, with the addresses of processes that are gone;
+        # on several it makes a new one, and each counts its own restarts.
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            store = PrefixStore(_start(), store)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     except (ValueError, RuntimeError) as error:
         raise HardwareError(
             f"the processes of this run do not find each other: {first_line(error)}",
             hint="MASTER_ADDR must be the first machine's, with MASTER_PORT free there",
         ) from error
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return store, Ranks(rank, count, local, local_count, restarted)
+    return store, Ranks(rank, count, local, local_count, restarted=_start() != "0")
+
+
+def _start() -> str:
+    """How often torchrun has started this process again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _leave_it_to_one(store: Store, error: CakdError) -> None:
     """Leave without a word if another process says the same."""
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"cakd/{start}/{hashlib.sha256(error.message.encode()).hexdigest()}"
+    key = f"cakd/{_start()}/{hashlib.sha256(error.message.encode()).hexdigest()}"
     try:
         is_first = store.add(key, 1) == 1
     except RuntimeError:  # its host is gone as well
