@@ -16,7 +16,7 @@ from torch import Tensor
 
 def home() -> Path:
     """Folder of what outlives a run: $CAKD_HOME, else cakd's place in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cakd"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cakd"
     return Path(os.environ.get("CAKD_HOME") or cache).expanduser()
 
 
@@ -90,7 +90,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(path) as temporary:
+        # A word of the command line may be bytes that are no text; \\udcff is an escape of JSON's as well.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

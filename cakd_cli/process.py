@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a word may be bytes that are no text: in JSON this is an escape too
+            stream.reconfigure(errors="backslashreplace")
     _on_signals(signal.SIG_DFL, _interrupt)
     json_mode = "--json" in sys.argv
     try:
@@ -101,20 +105,34 @@ def _report(error: CakdError, json_mode: bool) -> int:
     return int(error.exit_code)
 
 
+_ROOM = "make room, then run the same command again; a training run with --resume"
+_HINTS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EMFILE: "more files may be open with: ulimit -n 1024; or fewer are needed with data.workers=0",
+}
+_FEWER = "fewer images at a time: --batch-size, or engine.evaluation_batch_size"
+
+
 def _translate(error: Exception) -> CakdError:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        hint = "make room, then run the same command again; a training run with --resume"
-        return InputError(f"{error.strerror or error}{place}", hint=hint if error.errno == errno.ENOSPC else None)
+        return InputError(f"{error.strerror or error}{place}", hint=_HINTS.get(error.errno or 0))
     if isinstance(error, UnicodeError):
         return InputError(f"a name or path is not text in this terminal's encoding: {error}")
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return InputError("a path begins with ~ and a name that is no user's")
     if type(error).__name__ == "OutOfMemoryError":  # torch's; asking for the class would import it
+        return HardwareError(f"the device's memory is full: {first_line(error)}", hint=_FEWER)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return HardwareError(f"this machine's memory is full: {first_line(error)}", hint=_FEWER)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return HardwareError(
-            f"the device's memory is full: {first_line(error)}",
-            hint="fewer images at a time: --batch-size, or engine.evaluation_batch_size",
+            f"a process that decodes images died: {first_line(error)}",
+            hint="if memory was short: data.workers=1; a training run goes on with --resume",
         )
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return InputError("a path holds a NUL character, which no file's name has")
     return CakdError(
         f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
     )

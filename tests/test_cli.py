@@ -406,7 +406,7 @@ WRONG = [
     (4, "not a config.json of cakd", (*DISTIL, "--teacher", "{wrong}/bad-config")),
     (4, "not a whole safetensors file", (*DISTIL, "--teacher", "{wrong}/cut-weights")),
     (4, "is near chance", (*DISTIL, "--teacher", "{wrong}/untrained")),
-    (4, "holds no state dict", (*DISTIL, "--teacher", "resnet20", "teacher.weights={wrong}/nothing.pth")),
+    (4, "'state_dict' is str, not a tensor", (*DISTIL, "--teacher", "resnet20", "teacher.weights={wrong}/nothing.pth")),
     (4, "no such weights file", (*DISTIL, "--teacher", "resnet20", "teacher.weights={wrong}/none.pth")),
     (3, "resnet20 has fresh weights", (*DISTIL, "--teacher", "resnet20")),
     (4, "holds files that are not a run's: thesis.tex", (*INTO, "{wrong}/other", "--overwrite")),

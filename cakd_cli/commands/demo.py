@@ -12,7 +12,7 @@ from cakd_cli.commands import export
 from cakd_cli.commands.evaluate import recipe_of
 from cakd_cli.commands.train import Wish, train
 from cakd_cli.console import Console
-from cakd_cli.errors import RecipeError
+from cakd_cli.errors import RecipeError, UsageError
 from cakd_cli.evaluation.measure import measure
 from cakd_cli.report import tables
 
@@ -24,6 +24,8 @@ TEACHER, STUDENT = "digits/teacher", "digits/student"
 
 def run(*, out: str, overwrite: bool, console: Console) -> None:
     """Train a teacher, distil it into small students, compare them, and export one."""
+    if not out:
+        raise UsageError("--out is empty")
     started = time.monotonic()
     folder = Path(out).expanduser()
     inner = Console(json_mode=console.json_mode, quiet=console.quiet or not console.verbose, bar=not console.quiet)

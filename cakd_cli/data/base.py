@@ -167,6 +167,7 @@ class ImageDataSet:
         crop_pct: Share of the shorter side that is shown when nothing is learnt.
         multi_label: Whether an image may have several labels, or none.
         resized: Whether images are resized to what a network sees.
+        left_out: Files that cannot be read.
     """
 
     name: str
@@ -182,6 +183,7 @@ class ImageDataSet:
     crop_pct: float = 1.0
     multi_label: bool = False
     resized: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def input(self) -> InputSpec:
@@ -217,10 +219,11 @@ class DataSpec(Options):
     )
 
     def load(self, *, fetch: bool = True) -> ImageDataSet:
-        """Read the data; nothing is written but what is downloaded.
+        """Read the data; nothing is written but what is downloaded, and which files were found to be bad.
 
         Args:
-            fetch: Whether data that is not here may be downloaded; without it, images of the same sizes stand for it.
+            fetch: Whether data that is not here may be downloaded, and anything written; without it, images of the same
+                sizes stand for it.
 
         Raises:
             InputError: If it is missing, damaged or cannot be understood.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cakd_cli.data import ImageDataSet, MemorySplit
 from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_batch_norms
 from cakd_cli.engine.task import Task, taps, teacher_looks
-from cakd_cli.errors import HardwareError, RecipeError
+from cakd_cli.errors import HardwareError, InputError, RecipeError
 from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.recipe.schema import Recipe
@@ -95,6 +95,9 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
         teacher = load_teacher(recipe.teacher, data, machine, fetch=fetch)
         teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
     reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
+    if data.left_out:
+        few = f"{', '.join(data.left_out[:3])}{', ...' if len(data.left_out) > 3 else ''}"
+        reasons["data.bad_images"] = f"{len(data.left_out):,} images cannot be read and are left out: {few}"
     return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, to_fetch, ranks)
 
 
@@ -110,6 +113,12 @@ def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
             f"of {data.name}",
             hint="give a smaller --batch-size",
         )
+    for name in data.class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            what = f"the class name {name!r} of {data.name} cannot be written as text"
+            raise InputError(what, hint="rename its folder") from error
     if data.multi_label:
         for number, term in enumerate(recipe.loss):
             if not term.takes_several_labels:

@@ -321,6 +321,12 @@ def _check_same_inputs(before: dict[str, Any], inputs: Inputs, out: Path, progre
             f"{out} cannot be resumed: not the same as when it began: its {' and its '.join(what)}",
             hint="put them back, or start another run with another --out",
         )
+    threads, machine = _facts_of(before, "hardware").get("threads"), inputs.hardware
+    if machine.device.type == "cpu" and threads not in (None, torch.get_num_threads()):
+        progress.note(
+            f"the run began with {threads} threads and goes on with {torch.get_num_threads()}: the last digits may "
+            f"differ; OMP_NUM_THREADS={threads} keeps them"
+        )
     if "test" in changed:
         progress.warn(f"the test images of {inputs.data.name} changed after the run began; it is measured on these")
 
@@ -347,6 +353,7 @@ def _facts(choices: Choices) -> dict[str, Any]:
             "device": str(inputs.hardware.device),
             "name": inputs.hardware.name,
             "precision": inputs.hardware.precision,
+            "threads": torch.get_num_threads(),
             **inputs.ranks.describe(),
         },
         "started_at": run_directory.now(),
@@ -360,6 +367,7 @@ def _facts(choices: Choices) -> dict[str, Any]:
             "train": len(data.train),
             "validation": len(data.validation) if data.validation else 0,
             "test": len(data.test),
+            **({"left_out": list(data.left_out)} if data.left_out else {}),
         },
         "model": {"name": recipe.model.label, "parameters": num_parameters(inputs.student)},
         "loss": " + ".join(f"{_weight(term.weight)} {term.type}" for term in recipe.loss),

@@ -198,8 +198,7 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{path} is a file", hint="choose another folder with --out")
     content = [entry.name for entry in path.iterdir() if entry.name != ".lock"] if path.is_dir() else []
     content = [name for name in content if not _is_temporary(name)]
-    # A run that was killed at its very beginning has only its lock and its recipe.
-    is_run = "run.json" in content or ("recipe.yaml" in content and (path / ".lock").exists())
+    is_run = _is_run(path, content)
     if content and not is_run:
         raise InputError(
             f"{path} holds files that are not a run's: {content[0]}", hint="choose an empty folder with --out"
@@ -208,6 +207,20 @@ def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(
             f"{path} already holds a run", hint="continue it with --resume, or replace it with --overwrite"
         )
+
+
+def _is_run(path: Path, content: list[str]) -> bool:
+    """Whether cakd made what is there; other tools write files of the same names."""
+    if "recipe.yaml" not in content:
+        return False
+    try:
+        facts = read_json(path / "run.json")
+    except FileNotFoundError:
+        return (path / ".lock").exists()  # killed at its very beginning
+    except (OSError, ValueError):
+        return True  # damaged, beside a recipe
+    versions = facts.get("versions") if isinstance(facts, dict) else None
+    return not isinstance(versions, dict) or "cakd" in versions
 
 
 def _is_temporary(name: str) -> bool:

@@ -106,7 +106,7 @@ def config(saved: SavedModel) -> dict[str, Any]:
 
 def _check(described: Preprocessing, names: tuple[str, ...], facts: Mapping[str, Any]) -> None:
     channels, height, width = described.input_size
-    if not (1 <= channels <= 1024 and min(height, width) >= 1 and max(height, width) <= 65536):
+    if not (1 <= channels <= 1024 and min(height, width) >= 1 and max(height, width) <= 4096):
         raise ValueError(f"input_size {[channels, height, width]} is not that of an image")
     if len(described.mean) != channels or len(described.std) != channels:
         raise ValueError(f"mean and std must have {channels} numbers")
@@ -170,7 +170,7 @@ def read_config(folder: Path) -> tuple[ModelSpec, tuple[str, ...], Preprocessing
         names = tuple(map(str, content["label_names"]))
         shown = Preprocessing.of_timm(content["pretrained_cfg"], resized="resize" in content["cakd"]["preprocessing"])
         _check(shown, names, facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         what = first_line(error)
         if isinstance(error, KeyError):
             what = f"lacks {error}"

@@ -131,7 +131,8 @@ def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
 def _read(name: str, mistakes: _Mistakes) -> dict[str, Any]:
     path, title = shipped.find(name)
     try:
-        document = strict_yaml.parse(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            document = strict_yaml.parse(file.read(strict_yaml.MOST_CHARACTERS + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {title}: {error}") from error
     for line, message in document.problems:

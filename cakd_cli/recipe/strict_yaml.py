@@ -12,6 +12,9 @@ import yaml
 
 Path = tuple[str | int, ...]
 
+# Far more than any recipe needs; a parser in Python takes a second for so much.
+MOST_CHARACTERS = 1_000_000
+
 _RESOLVERS = (
     ("tag:yaml.org,2002:null", re.compile(r"^(~|null|)$"), ["~", "n", ""]),
     ("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), ["t", "f"]),
@@ -61,6 +64,9 @@ class Document:
 def parse(text: str) -> Document:
     """Parse one YAML document; never raises for wrong text, but lists what is wrong."""
     document = Document()
+    if len(text) > MOST_CHARACTERS:
+        document.problems.append((1, f"has {len(text):,} characters; a recipe has at most {MOST_CHARACTERS:,}"))
+        return document
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:
@@ -93,6 +99,9 @@ def _build(node: yaml.Node, path: Path, document: Document, loader: _Loader, see
     if isinstance(node, yaml.SequenceNode) and node.tag == _SEQUENCE:
         return [_build(item, (*path, i), document, loader, seen) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and node.tag == _implicit_tag(node, loader):
+        if "\0" in node.value:
+            document.problems.append((line, "a text holds a NUL character"))
+            return None
         try:
             return loader.construct_object(node)
         except ValueError:

@@ -111,7 +111,7 @@ def test_ranks_killed_at_twenty_instants(tmp_path, monkeypatch, capfd):
     draw, seconds = random.Random(1), []
     job = (*words(tmp_path), *METHODS["kd"], "--epochs", 20, "engine.checkpoint_seconds=0")
     straight = torchrun(*job, "--out", tmp_path / "straight")
-    assert straight.wait(120) == 0
+    assert (straight.communicate(timeout=120), straight.returncode)[1] == 0
     expected = load_file(tmp_path / "straight" / "model.safetensors")
     kills = 0
     while kills < 20:
@@ -166,7 +166,7 @@ def test_asked_to_stop_at_twenty_instants(toy_file, toy_teacher, tmp_path, monke
         print(f"\nstopped within {max(seconds):.1f} s at most, n {len(seconds)}")  # noqa: T201 - the figure
 
 
-def test_five_hundred_wrong_bits(toy_file, toy_teacher, tmp_path, monkeypatch, capfd, cakd):
+def test_five_hundred_wrong_bits(toy_file, toy_teacher, tmp_path, monkeypatch, capsys, cakd):
     """In checkpoints, the finished run and the teacher memory: never another result without a word."""
     draw, found = random.Random(3), collections.Counter()
     monkeypatch.setenv("CAKD_HOME", str(tmp_path / "home"))
@@ -213,7 +213,7 @@ def test_five_hundred_wrong_bits(toy_file, toy_teacher, tmp_path, monkeypatch, c
         found[kind, outcome] += 1
         shutil.rmtree(copy, ignore_errors=True)
     assert {outcome for _, outcome in found} <= {"same result", "exit 0", "exit 2", "exit 3", "exit 4"}
-    with capfd.disabled():
+    with capsys.disabled():
         print(f"\n{found.total()} wrong bits: {dict(found)}")  # noqa: T201 - the figure
 
 

@@ -72,8 +72,8 @@ def test_lines_of_every_path():
     assert document.lines[("a", "c", 1, "d")] == 6
 
 
-# PyYAML 6.0.3 folds the next-line character into a space when it writes it.
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\x85"))
+# No file is named with NUL, and PyYAML 6.0.3 folds the next-line character into a space when it writes it.
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\x85\0"))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts.filter(bool), inner, max_size=3),

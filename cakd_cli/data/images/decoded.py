@@ -22,6 +22,7 @@ from zlib import crc32
 
 import torch
 
+from cakd_cli.data.images.pictures import header_size
 from cakd_cli.errors import InputError
 from cakd_cli.files import home, whole_folder
 
@@ -67,7 +68,7 @@ class DecodedImages:
         digest = hashlib.sha256(f"1 {shorter_side}\n".encode())
         for path, _ in samples:
             facts = Path(path).stat()
-            digest.update(f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}\n"))
         folder = home() / "decoded" / digest.hexdigest()[:16]
         here = folder.exists()
         sizes = _read_sizes(folder, len(samples)) if here else [_kept_size(path, shorter_side) for path, _ in samples]
@@ -140,21 +141,6 @@ class DecodedImages:
                 self._files = [os.open(self._folder / name, os.O_RDWR) for name in ("pixels.bin", "checksums.bin")]
                 self._maps = [mmap.mmap(file, 0, access=mmap.ACCESS_READ) for file in self._files]
         return len(self._maps) == 2
-
-
-def header_size(path: str) -> tuple[int, int]:
-    """Width and height of an image, from its header alone.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            return file.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image: {error}", hint="replace or remove the file") from error
 
 
 def _kept_size(path: str, shorter_side: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import resource
 import signal
 import statistics
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ from cakd_cli.data.base import (
     to_device,
 )
 from cakd_cli.data.images.augmentation import epoch_key, sample_seed
-from cakd_cli.data.images.decoded import DecodedImages, header_size
+from cakd_cli.data.images.decoded import DecodedImages
+from cakd_cli.data.images.pictures import bad_files, decode, header_size, list_files
 from cakd_cli.errors import InputError
 
 # The draw with which a sample is asked for when it is not to be augmented.
@@ -42,6 +44,8 @@ _NO_DRAW = -1
 _RECORDED_SEED = 0
 # ImageNet's, and the largest that is chosen by itself.
 _USUAL_SIZE, _SIZE_STEP, _LEAST_SIZE = 224, 8, 8
+# What a process has open in training, and what a worker adds: its pipes, and tensors on their way.
+_OPEN_FILES, _OPEN_FILES_A_WORKER = 64, 24
 # Files whose headers tell how large images are.
 _LOOKED_AT = 256
 
@@ -67,9 +71,10 @@ class _Images(Dataset[Any]):
                 v2.PILToTensor(),
             ]
         )
+        self.resize = spec.resize
         self.plain = v2.Compose(
             [
-                v2.Resize(round(spec.size / spec.test_crop), antialias=True),
+                v2.Resize(spec.resize, antialias=True),
                 v2.CenterCrop(spec.size),
                 v2.PILToTensor(),
             ]
@@ -81,7 +86,7 @@ class _Images(Dataset[Any]):
         decoded = self.decoded if draw != _NO_DRAW else None
         image = decoded.read(index) if decoded is not None else None
         if image is None:
-            image = _decode(self.samples[index][0])
+            image = decode(self.samples[index][0], self.resize)
             if isinstance(image, str):
                 return image
             if decoded is not None:
@@ -91,20 +96,6 @@ class _Images(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sample_seed(self.seed, draw, index))
             return self.augment(image), label
-
-
-def _decode(path: str) -> Any:
-    """Read a picture, or say why it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                # Pillow would cut every value above 255 to white.
-                return f"{path}: has more than 8 bits a channel; convert it to 8"
-            return file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        return f"{path}: cannot be read as an image: {error}"
 
 
 def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -119,6 +110,24 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and schedulers signal the whole group; a worker that died of it would take the run's checkpoint along."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _check_open_files(workers: int) -> None:
+    """Let this process open what its workers need, before torch starts some of them and waits for the rest forever.
+
+    Raises:
+        InputError: If the system's limit is too low.
+    """
+    needed = _OPEN_FILES + _OPEN_FILES_A_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if workers == 0 or soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise InputError(
+            f"{workers} processes that decode images need {needed} open files, and this process may open {hard}",
+            hint=f"ulimit -n {needed}, or data.workers=0",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _cores() -> int:
@@ -191,10 +200,12 @@ class FolderSplit(Split):
         yield from self._load(0, [[(_NO_DRAW, index) for index in chunk.tolist()] for chunk in chunks], device)
 
     def _load(self, seed: int, batches: list[list[tuple[int, int]]], device: torch.device) -> Iterator[Batch]:
+        workers = min(self._spec.num_workers, len(batches))
+        _check_open_files(workers)
         loader: DataLoader[Any] = DataLoader(
             _Images(self._samples, seed, self._spec, self._decoded),
             batch_sampler=batches,
-            num_workers=min(self._spec.num_workers, len(batches)),
+            num_workers=workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
@@ -244,6 +255,9 @@ class FolderSpec(DataSpec):
         le=1e6,
         description="room under $CAKD_HOME for decoded training images, in 10^9 bytes; 0 = decode in every epoch",
     )
+    bad_images: Literal["fail", "skip"] = Field(
+        "fail", description="what to do with pictures that cannot be read: name them, or leave them out and list them"
+    )
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
         "auto", description="processes that decode images, no more than batches; auto is one a core, 8 at most"
     )
@@ -253,6 +267,11 @@ class FolderSpec(DataSpec):
         """Height and width that networks see, in pixels."""
         assert self.image_size != "auto", "without_auto() chooses it"
         return self.image_size
+
+    @property
+    def resize(self) -> int:
+        """Pixels of the shorter side before the middle is cropped."""
+        return round(self.size / self.test_crop)
 
     @property
     def num_workers(self) -> int:
@@ -270,7 +289,7 @@ class FolderSpec(DataSpec):
     def _size_of_files(self) -> tuple[int, str]:
         """Look at the headers of some training images; the median image is not enlarged."""
         root, classes, _ = self._layout()
-        samples = _list(root / "train", classes)
+        samples = list_files(root / "train", classes)
         step = max(1, len(samples) // _LOOKED_AT)
         median = round(statistics.median(min(header_size(path)) for path, _ in samples[::step]))
         size = max(_LEAST_SIZE, min(_USUAL_SIZE, median // _SIZE_STEP * _SIZE_STEP))
@@ -313,17 +332,18 @@ class FolderSpec(DataSpec):
     def load(self, *, fetch: bool = True) -> ImageDataSet:
         """List the files; images are decoded when they are asked for."""
         if self.image_size == "auto":
-            return self.without_auto()[0].load()
+            return self.without_auto()[0].load(fetch=fetch)
         root, classes, held = self._layout()
-        files = {part: _list(root / part, classes) for part in ("train", *held)}
+        listed = {part: list_files(root / part, classes) for part in ("train", *held)}
+        files = {part: self._without_bad(samples, remember=fetch) for part, samples in listed.items()}
         decoded = None
         if self.decoded_gb:
             # The smallest crop then still has as many pixels as the networks see.
             shorter_side = math.ceil(self.size / math.sqrt(self.min_crop_area))
             decoded = DecodedImages.of(files["train"], shorter_side=shorter_side, limit_gb=self.decoded_gb)
         splits = {
-            part: FolderSplit(listed, self, torch.arange(len(listed)), decoded if part == "train" else None)
-            for part, listed in files.items()
+            part: FolderSplit(samples, self, torch.arange(len(samples)), decoded if part == "train" else None)
+            for part, samples in files.items()
         }
         train, validation = splits["train"], splits["val"] if len(held) == 2 else None
         if validation is None:
@@ -341,10 +361,29 @@ class FolderSpec(DataSpec):
             image_size=(self.size, self.size),
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
-            fingerprints={part: _fingerprint(root, listed) for part, listed in files.items()},
+            fingerprints={part: _fingerprint(root, samples) for part, samples in files.items()},
+            left_out=tuple(path for part in files for path, _ in sorted({*listed[part]} - {*files[part]})),
             crop_pct=self.test_crop,
             resized=True,
         )
+
+    def _without_bad(self, samples: list[tuple[str, int]], *, remember: bool) -> list[tuple[str, int]]:
+        """Check every file: its header, or all of it where bad ones are left out.
+
+        Raises:
+            InputError: If some cannot be used, and are not to be left out; or if a class has no other.
+        """
+        skip = self.bad_images == "skip"
+        bad = bad_files([path for path, _ in samples], self.resize, whole=skip, remember=remember)
+        good = [sample for sample in samples if sample[0] not in bad]
+        if bad and (not skip or {label for _, label in good} != {label for _, label in samples}):
+            what = f"{len(bad):,} of {len(samples):,} images cannot be used" + (", all of a class" if skip else "")
+            more = [f"and {len(bad) - 5:,} more"] if len(bad) > 5 else []
+            raise InputError(
+                "\n  ".join([f"{what}:", *list(bad.values())[:5], *more]),
+                hint="replace or remove the files" + ("" if skip else ", or leave them out: data.bad_images=skip"),
+            )
+        return good
 
     @property
     def label(self) -> str:
@@ -363,16 +402,6 @@ def _check_classes(train: list[str], other: list[str], root: Path, part: str) ->
         raise InputError(f"{root}: train/ and {part}/ have different classes; {'; '.join(wrong)}")
 
 
-def _list(path: Path, classes: list[str]) -> list[tuple[str, int]]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    try:
-        # Not ImageFolder, which would count hidden folders as classes.
-        return list(make_dataset(str(path), {name: i for i, name in enumerate(classes)}, (*IMG_EXTENSIONS, ".gif")))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
-
-
 def _stamps(samples: list[tuple[str, int]]) -> str:
     """Hash when the files were last written: a changed picture may have the size of the old one."""
     digest = hashlib.sha256()
@@ -386,5 +415,5 @@ def _stamps(samples: list[tuple[str, int]]) -> str:
 def _fingerprint(root: Path, samples: list[tuple[str, int]]) -> str:
     digest = hashlib.sha256()
     for path, _ in samples:
-        digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n".encode())
+        digest.update(os.fsencode(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n"))
     return digest.hexdigest()[:16]
