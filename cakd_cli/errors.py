@@ -6,7 +6,8 @@ CakdError                      1   a bug in cakd when raised as itself
  |- InputError                 4   a file, data set or checkpoint that is missing or damaged
  |- DivergedError              5   training met a value that is not finite
  |- CheckFailedError           6   eval --min-top1 or the comparison after an export
- |- HardwareError              7   no such device, or its memory is full
+ |- HardwareError              7   no such device
+ |   '- DeviceFullError        7   its memory is full
  |- StoppedError              75   stopped on request after a saved checkpoint: run again with --resume
  '- InterruptedRunError      130   interrupted without a checkpoint
 """
@@ -91,6 +92,18 @@ class HardwareError(CakdError):
 
     exit_code = ExitCode.HARDWARE
     code = "hardware"
+
+
+class DeviceFullError(HardwareError):
+    """A step that the device has no room for.
+
+    Attributes:
+        parts: Into how many a batch may be cut instead; none if it cannot be cut further.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, parts: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.parts = parts
 
 
 class StoppedError(CakdError):

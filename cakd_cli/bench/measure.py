@@ -25,7 +25,7 @@ from cakd_cli.engine.build import Inputs, Job, make_source, make_task, read_inpu
 from cakd_cli.engine.choices import Choices, decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress, Silent
-from cakd_cli.engine.run import versions
+from cakd_cli.engine.record import versions
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import RecipeError

@@ -5,7 +5,7 @@ import platform
 import torch
 
 from cakd_cli.console import Console
-from cakd_cli.engine.run import versions
+from cakd_cli.engine.record import versions
 from cakd_cli.files import home
 from cakd_cli.machine.hardware import choose_hardware
 

@@ -181,10 +181,13 @@ def make_task(inputs: Inputs, recipe: Recipe) -> Task:
     Raises:
         RecipeError: If the student lacks a layer that a term names.
     """
-    student = inputs.student
-    if inputs.ranks.count > 1 and recipe.engine.sync_batch_norm:
-        student = synchronise_batch_norms(student, inputs.hardware.device)
+    student, device = inputs.student, inputs.hardware.device
+    together = inputs.ranks.count > 1 and recipe.engine.sync_batch_norm
+    if together:
+        student = synchronise_batch_norms(student, device)
     task = Task(student, recipe.loss, inputs.data, inputs.hardware, inputs.teacher)
+    if together:
+        task.term_modules = synchronise_batch_norms(task.term_modules, device)  # type: ignore[assignment]
     if recipe.engine.compile == "on":
         task.compile_student(recipe.engine.gradient_accumulation)
     return task

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -125,6 +126,8 @@ class Ranks:
         """Average the gradients of a task over the processes, and begin with the weights of rank 0."""
         if self.count == 1:
             return task
+        # 1 x 1 convolutions in channels last: a copy of a few numbers, and nothing that a user could change.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         # With a static graph parameters may stay unused. It is learnt in the first pass, which must exchange.
         return DistributedDataParallel(task, static_graph=True, **_NO_BUFFERS)
 

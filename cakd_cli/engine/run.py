@@ -1,9 +1,6 @@
 """A whole run, from what it reads to a finished folder; train-teacher and distill differ only in the recipe."""
 
 import contextlib
-import importlib.metadata
-import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,29 +8,25 @@ from typing import Any
 
 import torch
 
-from cakd_cli import __version__
 from cakd_cli.data import ImageDataSet
-from cakd_cli.engine import run_directory, state
-from cakd_cli.engine.build import Inputs, Job, make_source, make_task
+from cakd_cli.engine import record, run_directory, state
+from cakd_cli.engine.build import Inputs, Job, make_source, make_task, read_inputs
 from cakd_cli.engine.checkpoints import Checkpoint
 from cakd_cli.engine.choices import Choices, decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
-from cakd_cli.errors import CakdError, HardwareError, InputError, RecipeError, first_line
+from cakd_cli.errors import CakdError, DeviceFullError, InputError, RecipeError, first_line
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.teacher_check import check_teacher
-from cakd_cli.losses.weights import ChangingWeight
+from cakd_cli.machine.memory import is_out_of_memory
 from cakd_cli.machine.stopwatch import Stopwatch
-from cakd_cli.models import num_parameters, saving
+from cakd_cli.models import saving
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import memory
-
-# What run.json says of each time that the run was started.
-_BEGINNING = ("command", "versions", "hardware", "started_at")
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,22 @@ def run(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
     Raises:
         CakdError: If the run cannot begin, diverges or is stopped.
     """
+    try:
+        return _attempt(inputs, start, progress)
+    except DeviceFullError as error:
+        if inputs.recipe.engine.out_of_memory == "fail" or error.parts is None or inputs.ranks.count > 1:
+            raise
+        parts = error.parts
+    # Outside: what the failed attempt held is free by now.
+    size = inputs.recipe.engine.batch_size // parts
+    progress.warn(f"the device's memory is full: the batch is cut into {parts} parts of {size} from here on")
+    inputs.hardware.give_back_memory()
+    engine = inputs.recipe.engine.model_copy(update={"gradient_accumulation": parts})
+    inputs = read_inputs(inputs.recipe.model_copy(update={"engine": engine}))
+    return run(inputs, replace(start, resume=True, overwrite=False), progress)
+
+
+def _attempt(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
     ranks = inputs.ranks
     opened = ranks.by_first(lambda: RunDirectory.open(start.out, resume=start.resume, overwrite=start.overwrite))
     directory = opened or RunDirectory(start.out)
@@ -79,9 +88,9 @@ def run(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
         inputs.hardware.keep_freed_memory()
         with _torch_errors(inputs.recipe):
             choices = decide_together(inputs)
-        facts = _facts(choices)
+        facts = record.facts_of(choices)
         if begun.checkpoint is not None:
-            facts = _gone_on(begun.facts, facts)
+            facts = record.gone_on(begun.facts, facts)
         with _torch_errors(choices.recipe):
             job = _build(choices, facts, progress)
         with contextlib.closing(job):
@@ -120,7 +129,7 @@ def _begun(directory: RunDirectory, inputs: Inputs, start: Start, progress: Prog
     for problem in directory.checkpoints.damaged:
         progress.warn(f"{problem}; the one before it is used")
     if checkpoint is not None:
-        _check_same_inputs(before, inputs, out, progress)
+        record.check_same_inputs(before, inputs, out, progress)
     return _Begun(before, finished=False, checkpoint=checkpoint)
 
 
@@ -278,7 +287,7 @@ def fill_memory(inputs: Inputs, progress: Progress) -> tuple[str, int]:
         raise RecipeError(f"this recipe keeps no memory on disk: engine.teacher_memory is {where} ({why})")
     with _torch_errors(inputs.recipe):
         choices = decide(inputs, student=False)
-        with contextlib.closing(_build(choices, _facts(choices), progress)) as job:
+        with contextlib.closing(_build(choices, record.facts_of(choices), progress)) as job:
             return _fill(job, progress)
 
 
@@ -303,101 +312,34 @@ def _fill(job: Job, progress: Progress) -> tuple[str, int]:
     return source.memory.identity.key, asked
 
 
-def _check_same_inputs(before: dict[str, Any], inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Refuse to continue a run on other training images or under another teacher; other test images are said.
-
-    Raises:
-        InputError: If what it learns from is not what the run began with.
-    """
-    began, now = _facts_of(before, "data").get("fingerprints"), inputs.data.fingerprints
-    began = began if isinstance(began, dict) else {}
-    changed = {part for part in now if part in began and began[part] != now[part]}
-    what = [f"{part} images" for part in ("train", "val") if part in changed]
-    old = _facts_of(before, "teacher").get("weights_hash")
-    if inputs.teacher is not None and old is not None and old != inputs.teacher.weights_hash:
-        what.append("teacher")
-    if what:
-        raise InputError(
-            f"{out} cannot be resumed: not the same as when it began: its {' and its '.join(what)}",
-            hint="put them back, or start another run with another --out",
-        )
-    threads, machine = _facts_of(before, "hardware").get("threads"), inputs.hardware
-    if machine.device.type == "cpu" and threads not in (None, torch.get_num_threads()):
-        progress.note(
-            f"the run began with {threads} threads and goes on with {torch.get_num_threads()}: the last digits may "
-            f"differ; OMP_NUM_THREADS={threads} keeps them"
-        )
-    if "test" in changed:
-        progress.warn(f"the test images of {inputs.data.name} changed after the run began; it is measured on these")
-
-
-def _facts_of(facts: dict[str, Any], key: str) -> dict[str, Any]:
-    """Read a part of run.json, which somebody may have edited."""
-    part = facts.get(key)
-    return part if isinstance(part, dict) else {}
-
-
 def _why_ended(error: BaseException) -> str:
     if isinstance(error, CakdError):
         return error.code
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
-def _facts(choices: Choices) -> dict[str, Any]:
-    inputs, recipe = choices.inputs, choices.recipe
-    data, teacher = inputs.data, inputs.teacher
-    return {
-        "command": ["cakd", *sys.argv[1:]],
-        "versions": versions(),
-        "hardware": {
-            "device": str(inputs.hardware.device),
-            "name": inputs.hardware.name,
-            "precision": inputs.hardware.precision,
-            "threads": torch.get_num_threads(),
-            **inputs.ranks.describe(),
-        },
-        "started_at": run_directory.now(),
-        "seed": recipe.seed,
-        "data": {
-            "name": data.name,
-            "fingerprints": dict(data.fingerprints),
-            "image": list(data.input.shape),
-            "validation_fraction": recipe.data.validation_fraction,
-            "split_seed": recipe.data.split_seed,
-            "train": len(data.train),
-            "validation": len(data.validation) if data.validation else 0,
-            "test": len(data.test),
-            **({"left_out": list(data.left_out)} if data.left_out else {}),
-        },
-        "model": {"name": recipe.model.label, "parameters": num_parameters(inputs.student)},
-        "loss": " + ".join(f"{_weight(term.weight)} {term.type}" for term in recipe.loss),
-        "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
-        "chosen": choices.reasons,
-        "warnings": list(choices.warnings),
-    }
-
-
-def _gone_on(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Leave on record how the run began, and add that it went on."""
-    began = {key: before[key] for key in (*_BEGINNING, "chosen", "warnings") if key in before}
-    again = {key: facts[key] for key in _BEGINNING}
-    resumed = before.get("resumed")
-    return facts | began | {"resumed": [*(resumed if isinstance(resumed, list) else []), again]}
+def _device_full(recipe: Recipe, error: BaseException) -> DeviceFullError:
+    """Say how many images at a time were too many, and into how many parts a batch may be cut instead."""
+    batch, parts = recipe.engine.batch_size, recipe.engine.gradient_accumulation
+    more = next((number for number in range(2 * parts, batch + 1) if batch % number == 0), None)
+    hint = "a smaller network, or smaller images"
+    if more is not None:
+        hint = (
+            f"cut the batch into parts of {batch // more}: engine.gradient_accumulation={more}; "
+            "engine.out_of_memory=accumulate does so by itself"
+        )
+    message = f"the device's memory is full with {batch // parts} images at a time: {first_line(error)}"
+    return DeviceFullError(message, hint=hint, parts=more)
 
 
 @contextlib.contextmanager
 def _torch_errors(recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        batch, parts = recipe.engine.batch_size, recipe.engine.gradient_accumulation
-        more = next((number for number in range(2 * parts, batch + 1) if batch % number == 0), None)
-        raise HardwareError(
-            f"the device's memory is full: {first_line(error)}",
-            hint=f"cut the batch of {batch} into parts: engine.gradient_accumulation={more}"
-            if more
-            else "a smaller network, or smaller images",
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise _device_full(recipe, error) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -406,17 +348,3 @@ def _torch_errors(recipe: Recipe) -> Iterator[None]:
             f"{recipe.engine.batch_size // recipe.engine.gradient_accumulation} at a time",
             hint="give a larger --batch-size, or a smaller engine.gradient_accumulation",
         ) from error
-
-
-def _weight(weight: Any) -> str:
-    return f"{weight.type} weight of" if isinstance(weight, ChangingWeight) else f"{weight:g}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that may change a result."""
-    packages = ("torch", "torchvision", "safetensors", "torchmetrics", "timm", "onnx", "onnxruntime")
-    found = {"cakd": __version__, "python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

@@ -27,7 +27,14 @@ from cakd_cli.recipe.schema import Recipe
 
 # Keys that may change between a run and its continuation.
 _FREE_KEYS = (
-    *("engine.device", "engine.log_interval", "engine.checkpoint_seconds", "data.workers", "data.root"),
+    *(
+        "engine.device",
+        "engine.out_of_memory",
+        "engine.log_interval",
+        "engine.checkpoint_seconds",
+        "data.workers",
+        "data.root",
+    ),
     # How it computes, not what: like another device, these may change the last digits.
     *("engine.compile", "engine.teacher_form", "engine.teacher_memory", "engine.teacher_memory_gb"),
     "engine.teacher_memory_features",
@@ -252,10 +259,12 @@ def check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
         RecipeError: With every setting that differs.
     """
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    # Where a full memory decides it, another machine may decide otherwise.
+    cut = ("engine.gradient_accumulation",) if old.engine.out_of_memory == "accumulate" else ()
     changed = [
         f"{key}: {before.get(key)!r} in the run, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE_KEYS
+        if before.get(key) != after.get(key) and key not in (*_FREE_KEYS, *cut)
     ]
     if changed:
         raise RecipeError(

@@ -51,6 +51,11 @@ class Hardware:
         if self.device.type == "cpu":
             memory.keep_freed_memory()
 
+    def give_back_memory(self) -> None:
+        """Give what an accelerator's allocator keeps back to the device."""
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
     def full_precision(self) -> "Hardware":
         """Return the same machine computing in float32: what reported figures are measured in."""
         return replace(self, precision="fp32")

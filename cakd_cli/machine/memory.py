@@ -7,6 +7,8 @@ cores a tenth and more of a small network's step. A run keeps them instead.
 import ctypes
 import platform
 
+import torch
+
 # Of malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT = 2**30
@@ -26,6 +28,11 @@ def free_as_usual(largest: int) -> None:
     """
     threshold = min(largest, _MOST_ADAPTED)
     _set(mmap_threshold=threshold, trim_threshold=2 * threshold, top_pad=128 * 2**10)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch's says that there is no room, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _set(*, mmap_threshold: int, trim_threshold: int, top_pad: int) -> None:

@@ -77,6 +77,9 @@ class EngineOptions(Options):
         128, ge=1, le=1_000_000, description="images an optimizer step; an incomplete batch is left out"
     )
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="parts into which a batch is cut to save memory")
+    out_of_memory: Literal["fail", "accumulate"] = Field(
+        "fail", description="what to do where a batch does not fit: end, or cut it into parts and go on"
+    )
     device: str = Field("auto", description="auto, cpu, or a name such as cuda, cuda:1, mps, xpu")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the networks; losses are always fp32")
     compile: Literal["auto", "on", "off"] = Field(

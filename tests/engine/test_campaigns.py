@@ -5,14 +5,17 @@ import json
 import mmap
 import os
 import random
+import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from cakd_cli.engine import checkpoints, loop, run
@@ -20,7 +23,7 @@ from cakd_cli.export import onnx_file
 from cakd_cli.process import main
 from cakd_cli.teachers.memory import TeacherMemory
 from tests.conftest import train_toy, write_tensors_file
-from tests.engine.test_distributed import METHODS, ranks_below, torchrun, words
+from tests.engine.test_distributed import METHODS, ranks_below, run_ranks, torchrun, words
 from tests.engine.test_resume import assert_same_run, command, start, wait_for
 
 pytestmark = pytest.mark.slow
@@ -228,3 +231,103 @@ def flip(file: Path, draw: random.Random) -> None:
         byte = content.read(1)[0] ^ 1 << draw.randrange(8)
         content.seek(place)
         content.write(bytes([byte]))
+
+
+# With a larger rate rounding grows from step to step: at 5e-4 to 5e-4 of the loss, whatever is compared.
+@pytest.mark.parametrize("sync", ["true", "false"])
+def test_two_hundred_steps_on_one_two_and_four_processes(tmp_path, monkeypatch, capfd, sync):
+    """The same losses, with a connector too; without the batch norms of all, how many images a second."""
+    toy = write_tensors_file(tmp_path / "toy.safetensors")
+    train_toy(toy, tmp_path / "teacher", model="resnet8x4")
+    features = ("loss=cakd", "loss.2.mask=activation", "loss.2.layers=[{student: layer3, teacher: layer3}]")
+    methods = {"kd": ("loss=kd",), "cakd": features, "ctkd": ("loss=ctkd",)}
+    more = ("--epochs", "67", "optimizer.learning_rate=0.000002", f"engine.sync_batch_norm={sync}")
+    losses, rates = {}, {}
+    for count in (1, 2, 4):
+        monkeypatch.setenv("CAKD_HOME", str(tmp_path / f"home{count}"))
+        outs = {name: tmp_path / f"{count}{name}" for name in methods}
+        jobs = [(*words(tmp_path), *methods[name], *more, "--out", out) for name, out in outs.items()]
+        results, said = run_ranks(count, jobs, tmp_path / f"jobs{count}")
+        assert [result["code"] for result in results] == [0, 0, 0], said
+        for (name, out), result in zip(outs.items(), results, strict=True):
+            losses[count, name] = torch.tensor(result["losses"])[:, 0]
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            rates[count, name] = statistics.median(json.loads(line)["images_per_second"] for line in lines)
+    apart = {(count, name): float((losses[count, name] / losses[1, name] - 1).abs().max()) for count, name in losses}
+    with capfd.disabled():
+        for (count, name), difference in apart.items():
+            rate = f"{rates[count, name]:.0f} images/s"
+            print(f"\nof all: {sync}, {name} on {count}, {len(losses[1, name])} steps: {difference:.1e}, {rate}")  # noqa: T201
+    assert len(losses[1, "kd"]) == 201
+    # A wrong factor on a gradient would be seen: the loss moves by far more than what is allowed.
+    assert all(abs(float(losses[1, name][-3:].mean() / losses[1, name][:3].mean()) - 1) > 1e-3 for name in methods)
+    assert sync == "false" or max(apart.values()) < 1e-5, apart
+
+
+def test_torchrun_is_asked_to_stop(tmp_path, monkeypatch, capfd):
+    """By a signal to torchrun, as a scheduler sends it: every rank saves, and the next start goes on."""
+    toy = write_tensors_file(tmp_path / "toy.safetensors")
+    train_toy(toy, tmp_path / "teacher")
+    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "home"))
+    job = (
+        *words(tmp_path),
+        *METHODS["kd"],
+        "--epochs",
+        4000,
+        "engine.compile=off",
+        "--grace",
+        20,
+        "--out",
+        tmp_path / "run",
+    )
+    process = torchrun(*job, "engine.checkpoint_seconds=0")
+    wait_for(lambda: len(list((tmp_path / "run").glob("checkpoints/epoch-*"))) > 1, process)
+    process.terminate()
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    with capfd.disabled():
+        print(f"\ntorchrun ended with {process.returncode} after {time.monotonic() - began:.1f} s")  # noqa: T201 - the figure
+
+    assert err.count("stopped by SIGTERM after epoch") == 1, err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "stopped"
+
+
+HOSTS = """
+set -e
+ip netns add cakd0; ip netns add cakd1
+trap 'ip netns del cakd0; ip netns del cakd1' EXIT
+ip link add veth0 netns cakd0 type veth peer name veth1 netns cakd1
+for i in 0 1; do
+  ip -n cakd$i addr add 10.77.0.$((i + 1))/24 dev veth$i; ip -n cakd$i link set veth$i up; ip -n cakd$i link set lo up
+done
+for i in 1 0; do
+  GLOO_SOCKET_IFNAME=veth$i ip netns exec cakd$i torchrun --nnodes 2 --node-rank $i --nproc-per-node 1 \\
+    --master-addr 10.77.0.1 --master-port 29511 -m cakd_cli {words} --out {out}$([ $i = 1 ] && echo -of-the-other) &
+done
+wait -n; wait -n
+"""
+
+
+def test_two_hosts(tmp_path, monkeypatch):
+    """Two network namespaces of one machine, and no folder in common but the data; where the user may make them."""
+    toy = write_tensors_file(tmp_path / "toy.safetensors")
+    train_toy(toy, tmp_path / "teacher")
+    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "home"))
+    job = (*words(tmp_path), *METHODS["kd"])
+    script = HOSTS.format(words=shlex.join(map(str, job)), out=tmp_path / "run")
+    probe = subprocess.run(["unshare", "-n", "ip", "link"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip("no right to make network namespaces, or no ip")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ["bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    if "Operation not permitted" in done.stderr:
+        pytest.skip(done.stderr)
+    (one,), said = run_ranks(1, [(*job, "--out", tmp_path / "one")], tmp_path / "jobs")
+
+    assert done.returncode == 0, done.stderr
+    assert one["code"] == 0, said
+    assert not (tmp_path / "run-of-the-other").exists()
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for key, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.allclose(value, expected[key], atol=1e-4), key

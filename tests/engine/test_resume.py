@@ -1,8 +1,10 @@
 """Nothing is lost: killed anywhere, a run ends as if it had not been killed."""
 
 import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -453,6 +455,7 @@ def test_the_grace_says_whether_there_is_a_checkpoint(monkeypatch, capsys, saved
     assert ("--resume" if saved else "there is no checkpoint") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_grace_ends_a_step_that_takes_too_long(words, tmp_path):
     out = tmp_path / "run"
     words = [*map(str, words), "--grace", "1", "--out", str(out)]
@@ -496,16 +499,131 @@ def test_a_signal_before_training_leaves_with_a_line(words, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-def test_who_reads_only_the_beginning_does_not_end_the_run(words, tmp_path):
-    reading, writing = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cakd_cli", *map(str, words), "--out", str(tmp_path / "run")],
-        stdout=writing,
-        stderr=writing,
-    )
-    os.close(writing)
-    os.read(reading, 10)
-    os.close(reading)
+class Gone(io.StringIO):
+    """A terminal that somebody has closed."""
 
-    assert process.wait(60) == 141  # of the result, which nobody reads
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_who_reads_only_the_beginning_does_not_end_the_run(cakd, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    result = cakd(*words, "--out", tmp_path / "run")
+
+    assert result.code == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "completed"
+
+
+def test_a_batch_that_does_not_fit_is_cut_when_told(cakd, words, tmp_path, monkeypatch):
+    """Full after some steps, as where another process takes memory: it goes on from the last checkpoint."""
+    original = loop.Trainer.train_step
+
+    def full(self, batch, answers):
+        if self.recipe.engine.gradient_accumulation < 4 and self.epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        original(self, batch, answers)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", full)
+    failed = cakd(*words, "--out", tmp_path / "failed")
+    result = cakd(*words, "--out", tmp_path / "run", "engine.out_of_memory=accumulate")
+
+    assert failed.code == 7
+    assert "full with 24 images at a time" in failed.err
+    assert "hint: cut the batch into parts of 12: engine.gradient_accumulation=2; engine.out_of_mem" in failed.err
+    assert result.code == 0, result.err
+    for parts in (2, 4):
+        assert (
+            f"warning: the device's memory is full: the batch is cut into {parts} parts of {24 // parts}" in result.err
+        )
+    assert "resumed after epoch 1, step 0" in result.err
+    assert "gradient_accumulation: 4" in (tmp_path / "run" / "recipe.yaml").read_text()
+    again = cakd(*words, "--out", tmp_path / "run", "engine.out_of_memory=accumulate", "--resume")
+    assert "already finished" in again.err, again.err
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_a_worker_that_dies_is_an_error(cakd, tmp_path, monkeypatch):
+    """As where the system kills the largest process because memory is short."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (30, 30)).save(tmp_path / "images" / part / name / f"{i}.png")
+    original = loop.Trainer.train_step
+
+    def deadly(self, *arguments):
+        original(self, *arguments)
+        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", deadly)
+    words = ("train-teacher", "--data", f"folder:{tmp_path / 'images'}", "data.image_size=24", "data.workers=1")
+    words = (*words, "--model", "resnet8", "--batch-size", 2, "--epochs", 1, "--out", tmp_path / "run")
+    result = cakd(*words)
+    monkeypatch.undo()
+
+    assert result.code == 7
+    assert "a process that decodes images died" in result.err
+    assert cakd(*words, "--resume").code == 0
+
+
+def test_another_number_of_threads_is_said(cakd, words, tmp_path, monkeypatch):
+    with killed_after(8):
+        cakd(*words, "--out", tmp_path / "run")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    result = cakd(*words, "--out", tmp_path / "run", "--resume")
+
+    assert result.code == 0
+    assert "began with 1 threads and goes on with 2: the last digits may differ" in result.err
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(cakd, words, tmp_path, monkeypatch):
+    original = files.save_file
+    for error, sentence in (
+        (OSError(30, "Read-only file system"), "Read-only"),
+        (OSError(122, "Disk quota exc"), "quota"),
+    ):
+
+        def refused(tensors, path, metadata, error=error):
+            raise error
+
+        monkeypatch.setattr(files, "save_file", refused)
+        result = cakd(*words, "--out", tmp_path / "run", "--overwrite")
+        assert (result.code, sentence in result.err) == (4, True), result.err
+    monkeypatch.setattr(files, "save_file", original)
+    assert cakd(*words, "--out", tmp_path / "run", "--resume").code == 0
+
+
+MOUNT = """
+set -e
+mount -t tmpfs -o size=16m tmpfs {mount}
+dd if=/dev/zero of={mount}/filler bs=1K count={used} status=none
+"{python}" -m cakd_cli {words} --out {mount}/run > {mount}.txt 2>&1 && exit 9
+cat {mount}.txt >&2
+find {mount}/run -name '*.tmp*' -printf 'left over: %p' >&2
+rm {mount}/filler
+"{python}" -m cakd_cli {words} --out {mount}/run --resume
+cp {mount}/run/model.safetensors {mount}.safetensors
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [100, 900, 1500, 2500])
+def test_a_file_system_that_fills_in_the_middle_of_a_checkpoint(words, straight, tmp_path, room):
+    """A real one of 16 MB, where the user may mount: with so many KB left when the run begins."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    used = 16 * 1024 - room
+    script = MOUNT.format(mount=mount, python=sys.executable, words=shlex.join(map(str, words)), used=used)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = ["unshare", "-rm", "bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if "unshare failed" in done.stderr or "permission denied" in done.stderr:
+        pytest.skip(done.stderr)
+
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "left over" not in done.stderr
+    for name, tensor in load_file(straight[0] / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(f"{mount}.safetensors")[name]), name
