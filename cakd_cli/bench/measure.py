@@ -31,7 +31,7 @@ from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import RecipeError
 from cakd_cli.evaluation import cost
 from cakd_cli.machine import memory
-from cakd_cli.machine.hardware import Hardware
+from cakd_cli.machine.hardware import HALVES, Hardware
 from cakd_cli.models.layers import Answers
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher
@@ -270,7 +270,7 @@ def _flops(inputs: Inputs) -> dict[str, int]:
 def _matrix_product(hardware: Hardware) -> float:
     """Measure what the machine can do at best: FLOP/s of a square matrix product in the run's precision."""
     size = 2048 if hardware.device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    dtype = HALVES.get(hardware.precision, torch.float32)
     left, right = (torch.randn(size, size, device=hardware.device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):

@@ -114,7 +114,7 @@ def fill(words: list[str], flags: Mapping[str, Any], *, console: Console) -> Non
     """
     recipe = resolve(words, flags, defaults={"loss": "cakd"}, flag_names={"model": "--student"})
     if not recipe.needs_teacher:
-        raise RecipeError("no term of the loss needs a teacher", hint="give the --loss of the runs to come")
+        raise RecipeError("no term of the loss needs a teacher", hint="give that of the runs to come: loss=kd")
     key, asked = fill_memory(read_inputs(recipe), console)
     document = _describe(teacher_memory.root() / key) | {"asked": asked}
     text = f"{key}: {asked:,} images asked about, {document['known']:,} of {document['rows']:,} answers known"

@@ -111,7 +111,7 @@ def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
         raise RecipeError(
             f"engine.batch_size is {recipe.engine.batch_size}, more than the {len(data.train)} training images "
             f"of {data.name}",
-            hint="give a smaller --batch-size",
+            hint=f"engine.batch_size={len(data.train)} at most",
         )
     for name in data.class_names:
         try:
@@ -133,7 +133,7 @@ def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         by = f"{ranks.count} processes" + (f" in {parts // ranks.count} parts each" if parts > ranks.count else "")
         raise RecipeError(
             f"engine.batch_size is {recipe.engine.batch_size}, which {by} cannot share equally",
-            hint=f"--batch-size {recipe.engine.batch_size // parts * parts or parts}",
+            hint=f"engine.batch_size={recipe.engine.batch_size // parts * parts or parts}",
         )
 
 

@@ -170,7 +170,7 @@ class _MemoryChoice:
         asked, machine = self._engine.teacher_memory_precision, self._inputs.hardware
         if asked != "auto":
             return asked
-        if machine.precision != "bf16" or self._engine.teacher_form == "folded-fp32" or teacher.is_ensemble:
+        if not machine.is_half or self._engine.teacher_form == "folded-fp32" or teacher.is_ensemble:
             return "fp32"
         if not measure:
             return "fp16"

@@ -112,7 +112,7 @@ class Trainer:
                 if step.gradient_norms is not None:
                     self.norms_epoch, self.norms = number, self._norms_of_all(step.gradient_norms)
                 with self.task.watch("backward"):
-                    (step.total / parts).backward()
+                    (self.optimizer.scaled(step.total) / parts).backward()
             self._add(step.parts)
         self._graph_known = True
         with self.task.watch("optimizer"):
@@ -212,7 +212,7 @@ class Trainer:
 
     def _hint_on_divergence(self) -> str:
         hint = "lower optimizer.learning_rate or the weight of a loss term, or set schedule.warmup_epochs"
-        return hint + (", or engine.precision=fp32" if self.hardware.precision == "bf16" else "")
+        return hint + (", or engine.precision=fp32" if self.hardware.is_half else "")
 
     def validate(self) -> dict[str, Any]:
         """Measure the network on the held-out images, and keep it if it is the best so far."""

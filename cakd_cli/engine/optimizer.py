@@ -50,9 +50,18 @@ class Optimizer:
         groups = self.torch_optimizer.param_groups
         self._names = [names[id(parameter)] for group in groups for parameter in group["params"]]  # as torch counts
         self.average = Average(task.student, recipe.engine.ema_decay) if recipe.engine.ema_decay else None
+        self._scale = LossScale(task.hardware.device) if task.hardware.precision == "fp16" else None
         self.raised = torch.zeros((), device=task.hardware.device)
         self.first_bad_step = torch.full((), -1.0, device=task.hardware.device)
         self.torch_optimizer.found_inf = self.raised  # type: ignore[attr-defined]
+        if isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.momentum:
+            # A first step that is left out would leave the fused kernel's own buffers as memory happened to be.
+            for parameter in self.parameters.values():
+                self.torch_optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What the gradient is taken of."""
+        return loss if self._scale is None else loss * self._scale.factor
 
     def step(self, number: int, loss: Tensor) -> None:
         """Take one step, unless the loss or a gradient is not finite.
@@ -72,10 +81,18 @@ class Optimizer:
 
     def _look(self, loss: Tensor, number: int) -> None:
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = self._ranks.largest((~(loss.detach().isfinite() & norm.isfinite())).float())
+        if self._scale is None:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            bad = ~(loss.detach().isfinite() & norm.isfinite())
+        else:
+            # A gradient that overflows is why the scale gets smaller, and is an error only where that does not help.
+            overflown = self._scale.unscale(gradients)
+            bad = ~loss.detach().isfinite() | (self._scale.factor < _LEAST_SCALE)
+        bad = self._ranks.largest(bad.float())
         self.first_bad_step.copy_(torch.where(bad > self.raised, float(number), self.first_bad_step))
         self.raised.copy_(torch.maximum(self.raised, bad))
+        if self._scale is not None:
+            self.torch_optimizer.found_inf = torch.maximum(self.raised, overflown)  # type: ignore[attr-defined]
 
     def learning_rate(self, number: int) -> float:
         """Rate of a step, from 0 over the whole run."""
@@ -95,6 +112,8 @@ class Optimizer:
             for name, value in entry.items()
             if value is not None
         }
+        if self._scale is not None:
+            tensors |= {"scale.factor": self._scale.factor, "scale.good_steps": self._scale.good_steps}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.network.state_dict().items()}
         return tensors
@@ -116,8 +135,41 @@ class Optimizer:
             state.setdefault(numbers[name], {})[kind] = tensor
         groups = self.torch_optimizer.state_dict()["param_groups"]
         self.torch_optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self._scale is not None:
+            self._scale.factor.copy_(tensors["scale.factor"])
+            self._scale.good_steps.copy_(tensors["scale.good_steps"])
         if self.average is not None:
             self.average.network.load_state_dict(under("average.", tensors))
+
+
+# Gradients that overflow at this scale overflow without one.
+_LEAST_SCALE = 1.0
+
+
+class LossScale:
+    """The factor of a loss whose gradients are fp16, which would lose what is small: torch's rule, without a wait.
+
+    torch's own GradScaler reads on the host whether a step was left out.
+
+    Attributes:
+        factor: On the device.
+        good_steps: Since it last changed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.factor = torch.full((), 2.0**16, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def unscale(self, gradients: list[Tensor]) -> Tensor:
+        """Divide gradients by the factor, then adapt it.
+
+        Returns:
+            1 if one of them is not finite, and the step must be left out; else 0.
+        """
+        overflown = torch.zeros((), device=self.factor.device)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflown, self.factor.reciprocal())
+        torch._amp_update_scale_(self.factor, self.good_steps, overflown, 2.0, 0.5, 2000)
+        return overflown
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

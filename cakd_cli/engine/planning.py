@@ -58,7 +58,7 @@ def _training_bytes(inputs: Inputs, parameters: int) -> int:
     # Weights, gradients and the optimizer's one or two moments, all in float32.
     moments = 2 if inputs.recipe.optimizer.type == "adamw" else 1
     kept = cost.saved_bytes_per_image(inputs.student, inputs.data.input.shape) * engine.batch_size
-    half = 2 if inputs.hardware.precision == "bf16" else 1
+    half = 2 if inputs.hardware.is_half else 1
     return 4 * parameters * (2 + moments) + kept // engine.gradient_accumulation // half
 
 

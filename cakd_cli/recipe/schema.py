@@ -81,7 +81,9 @@ class EngineOptions(Options):
         "fail", description="what to do where a batch does not fit: end, or cut it into parts and go on"
     )
     device: str = Field("auto", description="auto, cpu, or a name such as cuda, cuda:1, mps, xpu")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the networks; losses are always fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the networks; losses are always fp32; fp16 scales them, where there is no bf16"
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="whether to compile the student's step; auto where the run is long enough to pay for it"
     )
@@ -95,7 +97,7 @@ class EngineOptions(Options):
         "auto", description="whether the classifier's input is kept beside the logits, for students of features to come"
     )
     teacher_memory_precision: Literal["auto", "fp16", "fp32"] = Field(
-        "auto", description="of the kept answers; auto loses nothing: fp16 where all of them are bf16 values"
+        "auto", description="of the kept answers; auto loses nothing: fp16 where all of them fit into it"
     )
     teacher_memory_gb: float = Field(
         8.0, gt=0, le=1e6, description="most room for all answers, in 10^9 bytes; over it the teacher is asked live"

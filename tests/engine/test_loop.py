@@ -17,6 +17,7 @@ from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.errors import DivergedError
 from cakd_cli.losses import CrossEntropyTerm, Weights
+from cakd_cli.machine import hardware
 from cakd_cli.models.layers import LOGITS
 from cakd_cli.recipe.resolve import resolve
 
@@ -273,3 +274,53 @@ def test_a_full_device_says_what_to_do(cakd, toy_file, tmp_path, monkeypatch):
 
     assert result.code == 7
     assert "engine.gradient_accumulation=2" in result.err
+
+
+def test_half_precision_scales_the_loss(make_trainer):
+    """fp16 as on GPUs without bf16: begins with steps that overflow, and learns as fp32 does."""
+    half, full = make_trainer("engine.precision=fp16"), make_trainer()
+    half.optimizer._scale.factor.fill_(2.0**40)
+    before = {name: tensor.clone() for name, tensor in half.task.student.named_parameters()}
+    batches = half._batches()
+    half.train_step(*next(batches))
+
+    # Left out: neither the weights nor the momentum have moved, and the scale is smaller.
+    assert float(half.optimizer._scale.factor) == 2.0**39
+    assert all(torch.equal(tensor, before[name]) for name, tensor in half.task.student.named_parameters())
+    assert all(not state["momentum_buffer"].any() for state in half.optimizer.torch_optimizer.state.values())
+    assert float(half.optimizer.raised) == 0
+    half.optimizer._scale.factor.fill_(2.0**10)
+    half.step, half.sums = 0, None
+    half.fit()
+    full.fit()
+
+    assert half.best["top1"] == pytest.approx(full.best["top1"], abs=0.2)
+    assert half.best["nll"] == pytest.approx(full.best["nll"], rel=0.1)
+
+
+def test_half_precision_that_overflows_without_a_scale_is_an_error(make_trainer, monkeypatch):
+    trainer = make_trainer("engine.precision=fp16")
+    trainer.optimizer._scale.factor.fill_(0.5)
+
+    with pytest.raises(DivergedError, match="is not finite"):
+        trainer.fit()
+
+
+def test_the_scale_goes_on_with_the_run(make_trainer):
+    one, other = make_trainer("engine.precision=fp16"), make_trainer("engine.precision=fp16")
+    one.optimizer._scale.factor.fill_(8.0)
+    one.train_epoch()
+    other.optimizer.restore(one.optimizer.state())
+
+    assert float(other.optimizer._scale.factor) == float(one.optimizer._scale.factor)
+    assert int(other.optimizer._scale.good_steps) == one.steps_per_epoch
+
+
+def test_gpus_without_bf16_train_in_fp16(monkeypatch):
+    monkeypatch.setattr(hardware, "describe", lambda device: "T4")
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert hardware._best_precision(device, "") == ("fp16", "tensor cores, and no native bf16 on T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert hardware._best_precision(device, "")[0] == "fp32"
+    assert hardware._best_precision(device, "tensor cores")[0] == "bf16"
