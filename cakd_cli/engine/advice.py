@@ -40,11 +40,8 @@ def _about_teacher(recipe: Recipe) -> str:
 
 
 def _about_student(recipe: Recipe) -> str:
-    return (
-        ""
-        if recipe.engine.precision in ("bf16", "fp16")
-        else "engine.precision=bf16 is faster where the machine has it"
-    )
+    half = recipe.engine.precision in ("bf16", "fp16")
+    return "" if half else "engine.precision=bf16 is faster where the machine has it"
 
 
 def norms_by_term(terms: Sequence[Term], norms: Sequence[float]) -> dict[str, float]:
