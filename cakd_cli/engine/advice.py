@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from cakd_cli.errors import DeviceFullError, first_line
 from cakd_cli.losses import Term, Weights
 from cakd_cli.losses.weights import ChangingWeight
 from cakd_cli.recipe.schema import Recipe
@@ -37,6 +38,19 @@ def _about_teacher(recipe: Recipe) -> str:
     if recipe.data.countable_views():
         return f"{recipe.data.countable_views()} and keep the teacher's answers"
     return "engine.teacher_memory=disk would keep its answers, if engine.teacher_memory_gb is room enough"
+
+
+def device_full(recipe: Recipe, ranks: int, error: BaseException) -> DeviceFullError:
+    """Say how many images at a time were too many in a step, and into how many parts a batch may be cut instead."""
+    batch, parts = recipe.engine.batch_size, recipe.engine.gradient_accumulation
+    own = batch // ranks
+    more = next((number for number in range(2 * parts, own + 1) if own % number == 0), None)
+    hint = "a smaller network, or smaller images"
+    if more is not None:
+        hint = f"cut the batch into parts of {batch // more}: engine.gradient_accumulation={more}"
+        hint += "; engine.out_of_memory=accumulate does so by itself" if ranks == 1 else ""
+    message = f"the device's memory is full with {own // parts} images at a time: {first_line(error)}"
+    return DeviceFullError(message, hint=hint, parts=more)
 
 
 def _about_student(recipe: Recipe) -> str:

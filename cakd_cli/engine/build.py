@@ -80,25 +80,33 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
     machine = choose_hardware(engine.device, engine.precision, channels_last=engine.channels_last, number=number)
     spec, why = recipe.data.without_auto(ranks.local_count)
     recipe = recipe.model_copy(update={"data": spec})
-    to_fetch = () if fetch else _to_fetch(recipe)
-    data = _on_device(spec.load(fetch=fetch), machine)
-    _check_data(recipe, data)
+    missing = _to_fetch(recipe)
     _check_ranks(recipe, ranks)
+    with ranks.one_first(fetch and bool(missing)):
+        data = _on_device(spec.load(fetch=fetch), machine)
+        _check_data(recipe, data)
+        student, teacher = _read_networks(recipe, data, machine, fetch=fetch)
+    ranks.check_alike(images=dict(data.fingerprints), training_images=len(data.train), precision=machine.precision)
+    reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
+    if data.left_out:
+        few = f"{', '.join(data.left_out[:3])}{', ...' if len(data.left_out) > 3 else ''}"
+        reasons["data.bad_images"] = f"{len(data.left_out):,} images cannot be read and are left out: {few}"
+    return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, () if fetch else missing, ranks)
+
+
+def _read_networks(
+    recipe: Recipe, data: ImageDataSet, machine: Hardware, *, fetch: bool
+) -> tuple[nn.Module, Teacher | None]:
     example = data.input.example()
     torch.manual_seed(recipe.seed)
     student = initial_network(recipe.model, example, data.num_classes, fetch=fetch)
     check_takes(student, example, data.num_classes, recipe.model.label)
     # After the probe, so that it draws no random numbers from the run.
     torch.manual_seed(recipe.seed)
-    teacher = None
-    if recipe.teacher is not None and recipe.needs_teacher:
-        teacher = load_teacher(recipe.teacher, data, machine, fetch=fetch)
-        teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
-    reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
-    if data.left_out:
-        few = f"{', '.join(data.left_out[:3])}{', ...' if len(data.left_out) > 3 else ''}"
-        reasons["data.bad_images"] = f"{len(data.left_out):,} images cannot be read and are left out: {few}"
-    return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, to_fetch, ranks)
+    if recipe.teacher is None or not recipe.needs_teacher:
+        return student, None
+    teacher = load_teacher(recipe.teacher, data, machine, fetch=fetch)
+    return student, teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
 
 
 def _to_fetch(recipe: Recipe) -> tuple[str, ...]:

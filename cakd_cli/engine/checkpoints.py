@@ -54,6 +54,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._saved: list[Path] = []  # by this process, and so whole
+        self._unusable: list[Path] = []
         self.damaged: list[str] = []
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -64,12 +65,16 @@ class Checkpoints:
             return
         # One that a damaged checkpoint made the run repeat is written anew.
         shutil.rmtree(target, ignore_errors=True)
+        self._unusable = [path for path in self._unusable if path != target]
         with whole_folder(target) as temporary:
             for name in _TENSOR_FILES:
                 write_tensors(temporary / f"{name}.safetensors", getattr(checkpoint, name))
             write_json(temporary / "state.json", checkpoint.state)
             write_json(temporary / "manifest.json", {name: _digest(temporary / name) for name in _FILES})
         self._saved.append(target)
+        for path in self._unusable:
+            shutil.rmtree(path, ignore_errors=True)
+        self._unusable.clear()
         for entry in self._folder.iterdir():
             if entry not in self._found()[-_KEPT:]:
                 shutil.rmtree(entry, ignore_errors=True)
@@ -94,6 +99,7 @@ class Checkpoints:
             wrong = {name: problem for name in _FILES if (problem := _problem(path, name))}
             if not wrong:
                 return _read(path)
+            self._unusable.append(path)
             name, problem = next(iter(wrong.items()))
             self.damaged.append(f"{path / name}: damaged checkpoint: {problem}")
             whole += [f"{path.name}/{name}" for name in _FILES if name not in wrong]

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from cakd_cli.data import Share, Split
-from cakd_cli.errors import CakdError, HardwareError, first_line
+from cakd_cli.errors import CakdError, HardwareError, RecipeError, first_line
 from cakd_cli.evaluation.predict import predict
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models.normalisation import Normalisation
@@ -146,6 +146,32 @@ class Ranks:
         order_N = torch.cat([torch.arange(rank, len(split), self.count) for rank in range(self.count)]).argsort()
         return torch.cat([logits for logits, _ in parts])[order_N], torch.cat([labels for _, labels in parts])[order_N]
 
+    def check_alike(self, **facts: Any) -> None:
+        """Refuse processes that see different things.
+
+        Raises:
+            HardwareError: With what differs.
+        """
+        found = self.gathered(facts)
+        for name in facts:
+            values = [of_rank[name] for of_rank in found]
+            if any(value != values[0] for value in values):
+                different = ", ".join(sorted({str(value) for value in values}))
+                raise HardwareError(
+                    f"the processes of this run differ in {name.replace('_', ' ')}: {different}",
+                    hint="give all of them the same files and settings",
+                )
+
+    @contextlib.contextmanager
+    def one_first(self, needed: bool) -> Iterator[None]:
+        """Let one process of each machine do what is inside before the others, if any of them needs it."""
+        wait = self.count > 1 and bool(self.agreed(int(needed))[0])
+        if wait and self.local:
+            distributed.barrier()
+        yield
+        if wait and not self.local:
+            distributed.barrier()
+
     def describe(self) -> dict[str, Any]:
         """What run.json says of the processes; empty for one alone."""
         return (
@@ -214,7 +240,10 @@ def _meet() -> tuple[Store, Ranks]:
             f"the processes of this run do not find each other: {first_line(error)}",
             hint="MASTER_ADDR must be the first machine's, with MASTER_PORT free there",
         ) from error
-    return store, Ranks(rank, count, local, local_count, restarted=_start() != "0")
+    # Each machine's torchrun counts for itself: what one has restarted, all go on with.
+    restarted = torch.tensor(int(_start() != "0"))
+    distributed.all_reduce(restarted, op=distributed.ReduceOp.MAX)
+    return store, Ranks(rank, count, local, local_count, restarted=bool(restarted))
 
 
 def _start() -> str:
@@ -237,13 +266,25 @@ def synchronise_batch_norms(network: nn.Module, device: torch.device) -> nn.Modu
     """Let the batch norms of a network take their statistics from the batch of all processes together.
 
     Names and shapes of the state stay as they are. torch's own layer works on accelerators alone.
+
+    Raises:
+        RecipeError: If a layer does more than a batch norm, as timm's that hold an activation, which would be lost.
     """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    other = next((type(norm).__name__ for norm in norms if type(norm) not in _PLAIN_NORMS), None)
+    if other is not None:
+        raise RecipeError(
+            f"batch norms of the kind {other} cannot see the batch of all processes",
+            hint="engine.sync_batch_norm=false",
+        )
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-any-return]
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = _Synchronised
+    for norm in norms:
+        norm.__class__ = _Synchronised
     return network
+
+
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class _Sum(torch.autograd.Function):
@@ -275,6 +316,8 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         if not self.training:
             return super().forward(input)
+        # Sums of 16 bits would lose digits.
+        given, input = input, input.to(torch.promote_types(input.dtype, torch.float32))  # noqa: A001
         others = [dim for dim in range(input.ndim) if dim != 1]
         shape = [1, -1] + [1] * (input.ndim - 2)
         count = input.numel() // input.shape[1] * distributed.get_world_size()
@@ -290,4 +333,5 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         if self.weight is not None:
             scale = scale * self.weight
         output: Tensor = centred * scale.view(shape)
-        return output if self.bias is None else output + self.bias.view(shape)
+        output = output if self.bias is None else output + self.bias.view(shape)
+        return output.to(given.dtype)

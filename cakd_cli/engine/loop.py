@@ -22,6 +22,7 @@ from cakd_cli.engine.stopping import StopRequest, name_of
 from cakd_cli.errors import DivergedError, StoppedError
 from cakd_cli.evaluation import metrics
 from cakd_cli.losses import Weights
+from cakd_cli.machine.memory import is_out_of_memory
 from cakd_cli.models.layers import Answers
 
 # An epoch as short as this needs no advice on how to make it shorter.
@@ -79,6 +80,7 @@ class Trainer:
                 limit_said = True
             self._save_or_stop(last=self.epoch == self.recipe.engine.epochs)
         if not self.best_state:
+            self.ranks.share_buffers(self.network)
             self.best_state = _copy(self.network.state_dict())
 
     def train_epoch(self) -> dict[str, Any]:
@@ -103,7 +105,19 @@ class Trainer:
         return self._end_epoch(means, time.perf_counter() - started, (self.step - first_step) * engine.batch_size)
 
     def train_step(self, batch: Batch, answers: Answers | None) -> None:
-        """Learn from one batch, in the parts that the recipe asks for."""
+        """Learn from one batch, in the parts that the recipe asks for.
+
+        Raises:
+            DeviceFullError: If the device has no room for a part.
+        """
+        try:
+            self._learn(batch, answers)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise advice.device_full(self.recipe, self.ranks.count, error) from error
+
+    def _learn(self, batch: Batch, answers: Answers | None) -> None:
         parts = self.recipe.engine.gradient_accumulation
         terms, number = self.weights.at(self.epoch + 1), self.epoch + 1
         for i, (part, part_answers) in enumerate(_cut(batch, answers, parts)):
@@ -176,7 +190,8 @@ class Trainer:
         return {key: sum(count[key] for count in counts) for key in counts[0]}
 
     def _add(self, parts: Mapping[str, Tensor]) -> None:
-        values = torch.stack(list(parts.values()))
+        # A share of the step: a later start may cut its batches otherwise.
+        values = torch.stack(list(parts.values())) / self.recipe.engine.gradient_accumulation
         if self.sums is None:
             self.part_names = list(parts)
             self.sums = torch.zeros_like(values)
@@ -197,8 +212,7 @@ class Trainer:
                 f"{what} is not finite at {where}; the weights were left as they were before it",
                 hint=self._hint_on_divergence(),
             )
-        parts = self.step * self.recipe.engine.gradient_accumulation
-        return {name: value / parts for name, value in zip(self.part_names, sums, strict=True)}
+        return {name: value / self.step for name, value in zip(self.part_names, sums, strict=True)}
 
     def _norms_by_term(self) -> dict[str, float]:
         return advice.norms_by_term(self.recipe.loss, self.read_norms)
@@ -221,7 +235,7 @@ class Trainer:
         self.ranks.share_buffers(self.network)
         size, split = self.recipe.engine.evaluation_batch_size, self.data.validation
         answers = self.ranks.predict(self.network, split, self.task.normalisation, self.hardware, batch_size=size)
-        figures = metrics.brief(*answers)
+        figures = self.ranks.told(metrics.brief(*answers))
         if not math.isfinite(figures["nll"]):
             raise DivergedError(
                 f"the answers to held-out images are not finite after epoch {self.epoch + 1}",

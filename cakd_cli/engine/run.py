@@ -10,9 +10,9 @@ import torch
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.engine import record, run_directory, state
-from cakd_cli.engine.build import Inputs, Job, make_source, make_task, read_inputs
+from cakd_cli.engine.build import Inputs, Job, make_source, make_task
 from cakd_cli.engine.checkpoints import Checkpoint
-from cakd_cli.engine.choices import Choices, decide
+from cakd_cli.engine.choices import Choices, as_begun, decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import RunDirectory
@@ -60,19 +60,27 @@ def run(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
     Raises:
         CakdError: If the run cannot begin, diverges or is stopped.
     """
-    try:
-        return _attempt(inputs, start, progress)
-    except DeviceFullError as error:
-        if inputs.recipe.engine.out_of_memory == "fail" or error.parts is None or inputs.ranks.count > 1:
-            raise
-        parts = error.parts
-    # Outside: what the failed attempt held is free by now.
-    size = inputs.recipe.engine.batch_size // parts
-    progress.warn(f"the device's memory is full: the batch is cut into {parts} parts of {size} from here on")
-    inputs.hardware.give_back_memory()
-    engine = inputs.recipe.engine.model_copy(update={"gradient_accumulation": parts})
-    inputs = read_inputs(inputs.recipe.model_copy(update={"engine": engine}))
-    return run(inputs, replace(start, resume=True, overwrite=False), progress)
+    fresh = {}
+    if inputs.recipe.engine.out_of_memory == "accumulate" and inputs.ranks.count == 1:
+        fresh = {name: tensor.detach().cpu().clone() for name, tensor in inputs.student.state_dict().items()}
+    while True:
+        try:
+            return _attempt(inputs, start, progress)
+        except DeviceFullError as error:
+            if not fresh or error.parts is None:
+                raise
+            parts = error.parts
+        # Outside: what the failed attempt held is free by now. A step has failed, so the run is in its folder.
+        size = inputs.recipe.engine.batch_size // parts
+        progress.warn(f"the device's memory is full: the batch is cut into {parts} parts of {size} from here on")
+        inputs.student.load_state_dict(fresh)
+        inputs.student.zero_grad(set_to_none=True)
+        inputs.hardware.give_back_memory()
+        torch.manual_seed(inputs.recipe.seed)
+        recipe = as_begun(inputs.recipe, run_directory.read_recipe(start.out))
+        engine = recipe.engine.model_copy(update={"gradient_accumulation": parts})
+        inputs = replace(inputs, recipe=recipe.model_copy(update={"engine": engine}))
+        start = replace(start, resume=True, overwrite=False)
 
 
 def _attempt(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]:
@@ -318,20 +326,6 @@ def _why_ended(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
-def _device_full(recipe: Recipe, error: BaseException) -> DeviceFullError:
-    """Say how many images at a time were too many, and into how many parts a batch may be cut instead."""
-    batch, parts = recipe.engine.batch_size, recipe.engine.gradient_accumulation
-    more = next((number for number in range(2 * parts, batch + 1) if batch % number == 0), None)
-    hint = "a smaller network, or smaller images"
-    if more is not None:
-        hint = (
-            f"cut the batch into parts of {batch // more}: engine.gradient_accumulation={more}; "
-            "engine.out_of_memory=accumulate does so by itself"
-        )
-    message = f"the device's memory is full with {batch // parts} images at a time: {first_line(error)}"
-    return DeviceFullError(message, hint=hint, parts=more)
-
-
 @contextlib.contextmanager
 def _torch_errors(recipe: Recipe) -> Iterator[None]:
     try:
@@ -339,7 +333,10 @@ def _torch_errors(recipe: Recipe) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        raise _device_full(recipe, error) from error
+        raise DeviceFullError(
+            f"the device's memory is full: {first_line(error)}",
+            hint="fewer images at a time: engine.evaluation_batch_size, or a smaller network",
+        ) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -5,11 +5,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cakd_cli.errors import ExitCode
 
+# A scheduler signals every process, and a launcher passes the same on to its own.
+_ONE_REQUEST_SECONDS = 0.5
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
@@ -29,14 +32,17 @@ class StopRequest:
 
     def __init__(self, grace: float | None = None, is_saved: Callable[[], bool] = lambda: False) -> None:
         self.number = 0  # of the first signal
+        self._heard_at = 0.0
         self._grace = grace
         self._is_saved = is_saved
         self._watchdog: threading.Timer | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if self.number and time.monotonic() - self._heard_at > _ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.number = number
+        if self.number:
+            return
+        self.number, self._heard_at = number, time.monotonic()
         if self._grace is not None:
             self._watchdog = threading.Timer(self._grace, self._leave)
             self._watchdog.daemon = True

@@ -311,6 +311,22 @@ def test_what_was_checked_is_not_looked_at_again(folder, monkeypatch, home):
         folder_data(folder)
 
 
+def test_an_error_of_the_system_is_not_a_bad_picture(folder, home, monkeypatch):
+    original = Image.open
+
+    def denied(path, *arguments):
+        if str(path).endswith("3.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(Image, "open", denied)
+    for choice in ("fail", "skip"):
+        with pytest.raises(PermissionError):
+            folder_data(folder, bad_images=choice)
+    monkeypatch.undo()
+    assert len(folder_data(folder, bad_images="skip", validation_fraction=0.0).train) == 24
+
+
 def test_links_are_followed_once_and_pipes_not_at_all(folder, tmp_path):
     before = [path for path, _ in folder_data(folder).train._samples]
     (folder / "train" / "cat" / "up").symlink_to(folder / "train")

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,15 @@ def test_one_wrong_bit_is_named_and_the_one_before_is_used(cakd, words, straight
     assert "the one before it is used" in result.err
     assert "resumed after epoch 1, step 2" in result.err
     assert_same_run(straight[0], killed)
+
+
+def test_a_damaged_one_takes_no_place_of_a_whole_one(killed):
+    flip(kept(killed)[1] / "model.safetensors", 500)
+    found = checkpoints.Checkpoints(killed / "checkpoints")
+    moment = found.latest()
+    found.save(replace(moment, state=moment.state | {"step": 2, "epoch": 0}))
+
+    assert [path.name for path in kept(killed)] == ["epoch-00000-step-000002", "epoch-00001-step-000002"]
 
 
 def test_any_wrong_bit_is_noticed(killed):

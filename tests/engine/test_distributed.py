@@ -17,6 +17,7 @@ from torch import nn
 
 from cakd_cli.data import Share
 from cakd_cli.engine import distributed
+from cakd_cli.errors import HardwareError, RecipeError
 from tests.engine.test_resume import wait_for
 
 WORKER = Path(__file__).with_name("ranks.py")
@@ -66,7 +67,7 @@ def launch(count, jobs, folder, *, stop_after=0):
 
 
 def run_ranks(count, jobs, folder, *, stop_after=0):
-    said = [process.communicate(timeout=240) for process in launch(count, jobs, folder, stop_after=stop_after)]
+    said = [process.communicate(timeout=580) for process in launch(count, jobs, folder, stop_after=stop_after)]
     return json.loads((folder / "results.json").read_text()), said
 
 
@@ -261,3 +262,31 @@ def test_torchrun_restarts_what_was_killed(trained, tmp_path, monkeypatch):
     one = load_file(trained[0] / "1 kd" / "model.safetensors")
     for key, value in load_file(tmp_path / "run" / "model.safetensors").items():
         assert torch.allclose(value, one[key], atol=1e-4), key
+
+
+def test_batch_norms_that_do_more_are_refused():
+    """timm's hold an activation, which a plain one would lose."""
+    norm = pytest.importorskip("timm.layers").BatchNormAct2d(4)
+
+    for device in ("cpu", "cuda"):
+        with pytest.raises(RecipeError, match="BatchNormAct2d"):
+            distributed.synchronise_batch_norms(nn.Sequential(norm), torch.device(device))
+
+
+def test_batch_norm_of_all_in_sixteen_bits(monkeypatch):
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(distributed.distributed, "get_world_size", lambda: 1)
+    network = distributed.synchronise_batch_norms(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cpu"))
+    images = torch.randn(5, 3, 4, 4)
+
+    assert network(images.bfloat16()).dtype == torch.bfloat16
+    assert torch.allclose(network(images.bfloat16()).float(), nn.BatchNorm2d(3)(images), atol=0.05)
+
+
+def test_processes_that_see_different_things_are_refused(monkeypatch):
+    ranks = distributed.Ranks(0, 2)
+    monkeypatch.setattr(distributed.Ranks, "gathered", lambda self, facts: [facts, {**facts, "precision": "fp16"}])
+
+    ranks.check_alike(images={"train": "a"})
+    with pytest.raises(HardwareError, match="differ in precision: bf16, fp16"):
+        ranks.check_alike(images={"train": "a"}, precision="bf16")

@@ -265,10 +265,10 @@ def test_optimizers_are_fused():
 
 
 def test_a_full_device_says_what_to_do(cakd, toy_file, tmp_path, monkeypatch):
-    def full(self):
+    def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "train_epoch", full)
+    monkeypatch.setattr(Trainer, "_learn", full)
     words = ("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--batch-size", 16)
     result = cakd(*words, "--out", tmp_path / "run")
 

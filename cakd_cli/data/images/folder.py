@@ -108,8 +108,9 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] |
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and schedulers signal the whole group; a worker that died of it would take the run's checkpoint along."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _check_open_files(workers: int) -> None:

@@ -1,5 +1,6 @@
 """Files of pictures that somebody else made: finding, opening and checking them."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -158,11 +159,13 @@ def bad_files(paths: Sequence[str], resize: int, *, whole: bool, remember: bool)
 def _why_bad(path: str, resize: int, *, whole: bool) -> str:
     from PIL import Image
 
-    if whole:
-        image = decode(path, resize)
-        return image if isinstance(image, str) else ""
     try:
         with Image.open(path) as file:
-            return _wrong_kind(file, resize)
+            wrong = _wrong_kind(file, resize)
+            if whole and not wrong:
+                file.load()
+            return wrong
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise  # of the system and not of the file: no reason to leave it out, or to remember
         return f"{path}: cannot be read as an image: {error}"
