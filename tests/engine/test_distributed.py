@@ -247,6 +247,7 @@ def ranks_below(process):
     return [int(child) for child in children if b"cakd_cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_torchrun_restarts_what_was_killed(trained, tmp_path, monkeypatch):
     """Without --resume: a restarted process goes on."""

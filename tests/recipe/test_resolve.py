@@ -114,12 +114,12 @@ optimizer: {type: sgd, learning_rate: 1e-3x}
 seed: 3
 """
     )
-    found = mistakes([path, "engine.precision=fp16", "nonsense.x=1"])
+    found = mistakes([path, "engine.precision=bf17", "nonsense.x=1"])
     places = [line.split(": ")[0].split("/")[-1].strip() for line in found]
 
     assert places == [
         *(f"recipe.yaml:{line}" for line in (2, 3, 5, 6, 9, 10, 11, 12, 13, 14)),
-        "engine.precision=fp16",
+        "engine.precision=bf17",
         "nonsense.x=1",
     ]
     text = "\n".join(found)
@@ -134,7 +134,7 @@ seed: 3
         "loss.1: no 'dkkd' here; did you mean dkd or gdkd or kd?",
         "optimizer.learning_rate: input should be a valid number, got '1e-3x'",
         "seed: given twice, first on line 3",
-        "engine.precision: no 'fp16' here; did you mean bf16?",
+        "engine.precision: no 'bf17' here; did you mean bf16?",
     ):
         assert expected in text
 
