@@ -65,7 +65,7 @@ class Ranks:
         return Share(self.rank, self.count, parts)
 
     def told(self, value: T) -> T:
-        """Give every process the value of rank 0, which must be plain numbers, texts or tensors."""
+        """Give every process the value of rank 0: anything that torch can send from one to another."""
         if self.count == 1:
             return value
         values = [value]

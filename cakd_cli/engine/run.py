@@ -103,7 +103,7 @@ def _attempt(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]
             job = _build(choices, facts, progress)
         with contextlib.closing(job):
             ranks.by_first(lambda: _enter(directory, job.recipe, overwrite=start.overwrite))
-            stop = StopRequest(start.grace, lambda: any(start.out.glob("checkpoints/epoch-*")))
+            stop = StopRequest(start.grace, directory.checkpoints.exist)
             with stop.listening(), _torch_errors(job.recipe):
                 return _train(Trainer(job, directory, progress, stop), begun.checkpoint, facts)
     finally:
