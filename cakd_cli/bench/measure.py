@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cakd_cli.bench.plain import PlainLoop
 from cakd_cli.data import ImageDataSet
-from cakd_cli.engine.build import Inputs, Job, make_source, make_task, read_inputs
+from cakd_cli.engine.build import Inputs, Job, make_job, make_source, read_inputs
 from cakd_cli.engine.choices import Choices, decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress, Silent
@@ -155,7 +155,7 @@ def _job(choices: Choices, *, warm: bool, made_up: bool = False) -> Job:
     assert source is not None
     if made_up:
         source = AnswerSource(_Zeros(_teacher(inputs)), source.memory, inputs.hardware.device, Silent().note)
-    return Job(recipe, inputs.hardware, inputs.data, make_task(inputs, recipe), source)
+    return make_job(inputs, recipe, source)
 
 
 class _Zeros:

@@ -1,7 +1,11 @@
 """From a recipe to a run that can begin: read everything and, once all is chosen, build the task."""
 
+import contextlib
+import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +16,13 @@ from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_b
 from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.errors import HardwareError, InputError, RecipeError
 from cakd_cli.machine.hardware import Hardware, choose_hardware
+from cakd_cli.machine.sharding import shard
 from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
 from cakd_cli.teachers.forms import make_form
-from cakd_cli.teachers.memory import TeacherMemory, identify
+from cakd_cli.teachers.memory import Identity, TeacherMemory, identify
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ class Job:
         task: What it trains.
         source: The teacher's answers to training batches; none without a teacher.
         ranks: The processes of the run.
+        average: A copy of the student that becomes the average of its weights; none without one.
     """
 
     recipe: Recipe
@@ -175,6 +181,7 @@ class Job:
     task: Task
     source: AnswerSource | None
     ranks: Ranks = ALONE
+    average: nn.Module | None = None
 
     def close(self) -> None:
         """Close files, and remove what was hooked into the networks."""
@@ -183,12 +190,21 @@ class Job:
             self.source.close()
 
 
-def make_task(inputs: Inputs, recipe: Recipe) -> Task:
-    """Build what is trained, compiled where the recipe says so.
+def make_job(inputs: Inputs, recipe: Recipe, source: AnswerSource | None) -> Job:
+    """Build what is trained: compiled, or cut over the processes, where the recipe says so.
 
     Raises:
         RecipeError: If the student lacks a layer that a term names.
     """
+    task = _make_task(inputs, recipe)
+    average = copy.deepcopy(task.student) if recipe.engine.ema_decay else None
+    if inputs.ranks.count > 1 and recipe.engine.parallel == "fsdp":
+        for network in filter(None, (task.student, task, average)):
+            shard(network)
+    return Job(recipe, inputs.hardware, inputs.data, task, source, inputs.ranks, average)
+
+
+def _make_task(inputs: Inputs, recipe: Recipe) -> Task:
     student, device = inputs.student, inputs.hardware.device
     together = inputs.ranks.count > 1 and recipe.engine.sync_batch_norm
     if together:
@@ -221,14 +237,31 @@ def make_source(
         return None
     where = memory or engine.teacher_memory
     form = make_form(teacher, engine.teacher_form, inputs.hardware)
+    if where == "off" and engine.parallel == "fsdp" and inputs.ranks.count > 1:
+        # With a memory each process asks about what is unknown of its own share, at its own time.
+        shard(form.network)
     identity = identify(
         teacher, data, inputs.hardware, form=engine.teacher_form, stored=engine.teacher_memory_precision
     )
     opened = None
     if where != "off" and identity is not None:
         facts = {"teacher": teacher.name, "data": data.name}
-        opened = TeacherMemory.open(identity, facts) if where == "disk" else TeacherMemory(identity)
+        opened = TeacherMemory.open(identity, facts) if where == "disk" else _in_ram(identity, facts, inputs.ranks)
         count = len(opened.written())
         if count:
             note(f"teacher memory {identity.key}: {count:,} of {identity.rows:,} answers are known")
     return AnswerSource(form, opened, inputs.hardware.device, note)
+
+
+def _in_ram(identity: Identity, facts: dict[str, str], ranks: Ranks) -> TeacherMemory:
+    """Make a memory in RAM; the processes of one machine share it, as files that lose their names at once."""
+    if ranks.count == 1:
+        return TeacherMemory(identity)
+    with contextlib.ExitStack() as stack:
+        folder = ""
+        if ranks.local == 0:
+            ram_disk = "/dev/shm" if Path("/dev/shm").is_dir() else None
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cakd-", dir=ram_disk))
+        memory = TeacherMemory.open(identity, facts, Path(ranks.told_by_machine(folder)) / identity.key)
+        ranks.gathered(None)  # until all have opened it
+    return memory

@@ -94,6 +94,9 @@ def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Cho
     recipe, machine = inputs.recipe, inputs.hardware
     reasons = dict(inputs.reasons)
     engine = recipe.engine.model_copy(update={"device": str(machine.device), "precision": machine.precision})
+    if engine.parallel == "fsdp":
+        reasons |= {"engine.compile": "what is cut over processes is not compiled"} if engine.compile != "off" else {}
+        engine = engine.model_copy(update={"compile": "off"})
     decay, warnings = _average_decay(engine, inputs.steps_per_epoch * engine.epochs)
     engine = engine.model_copy(update={"ema_decay": decay})
     if inputs.teacher is None:

@@ -26,6 +26,7 @@ from cakd_cli.data import Share, Split
 from cakd_cli.errors import CakdError, HardwareError, RecipeError, first_line
 from cakd_cli.evaluation.predict import predict
 from cakd_cli.machine.hardware import Hardware
+from cakd_cli.machine.sharding import is_cut
 from cakd_cli.models.normalisation import Normalisation
 
 T = TypeVar("T")
@@ -71,6 +72,11 @@ class Ranks:
         values = [value]
         distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def told_by_machine(self, value: T) -> T:
+        """Give every process the value of the first one on its machine."""
+        found = self.gathered((socket.gethostname(), self.local, value))
+        return next(told for host, local, told in found if host == socket.gethostname() and local == 0)
 
     def by_first(self, work: Callable[[], T]) -> T | None:
         """Let rank 0 do something, and end every process if it fails.
@@ -123,8 +129,11 @@ class Ranks:
                 distributed.broadcast(buffer, src=0)
 
     def wrap(self, task: nn.Module) -> nn.Module:
-        """Average the gradients of a task over the processes, and begin with the weights of rank 0."""
-        if self.count == 1:
+        """Average the gradients of a task over the processes, and begin with the weights of rank 0.
+
+        One that is cut over the processes does so by itself.
+        """
+        if self.count == 1 or any(map(is_cut, task.parameters())):
             return task
         # 1 x 1 convolutions in channels last: a copy of a few numbers, and nothing that a user could change.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -142,7 +151,11 @@ class Ranks:
         if len(split) < self.count or self.count == 1:
             return predict(model, split, normalisation, hardware, batch_size=batch_size)
         own_N = torch.arange(self.rank, len(split), self.count)
-        parts = self.gathered(predict(model, split.subset(own_N), normalisation, hardware, batch_size=batch_size))
+        # All ask about as many, because a network that is cut answers all processes at once.
+        most = -(-len(split) // self.count)
+        asked = split.subset(torch.cat([own_N, own_N[:1]])[:most])
+        logits_NC, labels_N = predict(model, asked, normalisation, hardware, batch_size=batch_size)
+        parts = self.gathered((logits_NC[: len(own_N)], labels_N[: len(own_N)]))
         order_N = torch.cat([torch.arange(rank, len(split), self.count) for rank in range(self.count)]).argsort()
         return torch.cat([logits for logits, _ in parts])[order_N], torch.cat([labels for _, labels in parts])[order_N]
 

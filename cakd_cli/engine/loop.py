@@ -23,6 +23,7 @@ from cakd_cli.errors import DivergedError, StoppedError
 from cakd_cli.evaluation import metrics
 from cakd_cli.losses import Weights
 from cakd_cli.machine.memory import is_out_of_memory
+from cakd_cli.machine.sharding import whole_state
 from cakd_cli.models.layers import Answers
 
 # An epoch as short as this needs no advice on how to make it shorter.
@@ -40,7 +41,7 @@ class Trainer:
         self._graph_known = False
         self.hardware = job.hardware
         self.steps_per_epoch = len(job.data.train) // job.recipe.engine.batch_size
-        self.optimizer = Optimizer(job.task, job.recipe, self.steps_per_epoch, job.ranks)
+        self.optimizer = Optimizer(job.task, job.recipe, self.steps_per_epoch, job.ranks, job.average)
         self.weights = Weights(job.recipe.loss)
         self.epoch = 0  # epochs completed
         self.step = 0  # steps completed in the epoch under way
@@ -81,7 +82,7 @@ class Trainer:
             self._save_or_stop(last=self.epoch == self.recipe.engine.epochs)
         if not self.best_state:
             self.ranks.share_buffers(self.network)
-            self.best_state = _copy(self.network.state_dict())
+            self.best_state = _copy(whole_state(self.network))
 
     def train_epoch(self) -> dict[str, Any]:
         """Train from the step that has been reached to the end of the epoch; returns its line for metrics.jsonl."""
@@ -243,7 +244,7 @@ class Trainer:
             )
         if metrics.is_better(figures, self.best):
             self.best = {"epoch": self.epoch + 1, **figures}
-            self.best_state = _copy(self.network.state_dict())
+            self.best_state = _copy(whole_state(self.network))
         return {"validation": figures}
 
     def _save_or_stop(self, *, last: bool = False) -> None:

@@ -1,6 +1,5 @@
 """One call a step: learning rate, guard against values that are not finite, optimizer, average; it never waits."""
 
-import copy
 import math
 from collections.abc import Mapping
 from itertools import chain
@@ -11,6 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cakd_cli.engine.distributed import ALONE, Ranks
 from cakd_cli.engine.task import Task
+from cakd_cli.machine.sharding import is_cut, load_whole, own_share, put_together, share_of, whole_state
 from cakd_cli.recipe.schema import (
     AdamWOptions,
     ConstantSchedule,
@@ -33,23 +33,32 @@ class Optimizer:
         recipe: Its settings.
         steps_per_epoch: Steps in an epoch.
         ranks: The processes of the run, which leave out a step together.
+        average: A copy of the student that becomes the average of its weights; none without one.
 
     Attributes:
-        parameters: By name, the student's first.
+        parameters: By name, the student's first; this process's share of each.
         average: An average of the student's weights, or none.
         raised: 1 once a value was not finite, on the device.
         first_bad_step: The step at which that happened, on the device; -1 before.
     """
 
-    def __init__(self, task: Task, recipe: Recipe, steps_per_epoch: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        ranks: Ranks = ALONE,
+        average: nn.Module | None = None,
+    ) -> None:
         self._recipe, self._ranks = recipe, ranks
         self.steps_per_epoch = steps_per_epoch
-        self.parameters = dict(task.named_parameters())
+        self._whole = dict(task.named_parameters())
+        self.parameters = {name: _own_parameter(parameter) for name, parameter in self._whole.items()}
         self.torch_optimizer = make_optimizer(recipe.optimizer, list(self.parameters.values()))
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         groups = self.torch_optimizer.param_groups
         self._names = [names[id(parameter)] for group in groups for parameter in group["params"]]  # as torch counts
-        self.average = Average(task.student, recipe.engine.ema_decay) if recipe.engine.ema_decay else None
+        self.average = None if average is None else Average(average, task.student, recipe.engine.ema_decay)
         self._scale = LossScale(task.hardware.device) if task.hardware.precision == "fp16" else None
         self.raised = torch.zeros((), device=task.hardware.device)
         self.first_bad_step = torch.full((), -1.0, device=task.hardware.device)
@@ -73,6 +82,10 @@ class Optimizer:
         rate = self.learning_rate(number)
         for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
+        for own, parameter in zip(self.parameters.values(), self._whole.values(), strict=True):
+            if own is not parameter:
+                own.grad = None if parameter.grad is None else own_share(parameter.grad)
+                parameter.grad = None
         self._look(loss, number)
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad(set_to_none=True)
@@ -105,9 +118,9 @@ class Optimizer:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint keeps, by parameter name; the optimizers here keep nothing else."""
+        """Tensors that a checkpoint keeps, by parameter name and whole; the optimizers here keep nothing else."""
         tensors = {
-            f"optimizer.{self._names[number]}.{name}": value
+            f"optimizer.{self._names[number]}.{name}": self._put_together(value, self._names[number])
             for number, entry in self.torch_optimizer.state_dict()["state"].items()
             for name, value in entry.items()
             if value is not None
@@ -115,8 +128,12 @@ class Optimizer:
         if self._scale is not None:
             tensors |= {"scale.factor": self._scale.factor, "scale.good_steps": self._scale.good_steps}
         if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.network.state_dict().items()}
+            tensors |= {f"average.{name}": value for name, value in whole_state(self.average.network).items()}
         return tensors
+
+    def _put_together(self, value: Tensor, name: str) -> Tensor:
+        # What AdamW counts has no dimension, and is no share of anything.
+        return put_together(value, self._whole[name]) if value.ndim else value
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state` gave.
@@ -129,7 +146,8 @@ class Optimizer:
         for key, tensor in under("optimizer.", tensors).items():
             name, _, kind = key.rpartition(".")
             parameter = self.parameters[name].detach()
-            if tensor.shape == parameter.shape:
+            if tensor.shape == self._whole[name].shape:
+                tensor = share_of(tensor, self._whole[name])
                 # Fused kernels walk through memory: a moment must lie in memory as its parameter does.
                 tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(numbers[name], {})[kind] = tensor
@@ -139,7 +157,12 @@ class Optimizer:
             self._scale.factor.copy_(tensors["scale.factor"])
             self._scale.good_steps.copy_(tensors["scale.good_steps"])
         if self.average is not None:
-            self.average.network.load_state_dict(under("average.", tensors))
+            load_whole(self.average.network, under("average.", tensors))
+
+
+def _own_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """Give what this process trains of a parameter: all of it, unless it is cut over the processes."""
+    return nn.Parameter(own_share(parameter.detach())) if is_cut(parameter) else parameter
 
 
 # Gradients that overflow at this scale overflow without one.
@@ -246,15 +269,16 @@ class Average:
     torch's AveragedModel does the same, but keeps its count in a tensor that every update reads on the host.
 
     Args:
-        model: The network to follow; the average starts as a copy of it.
+        network: A copy of the network to follow, and cut over processes like it.
+        model: The network to follow.
         decay: Share of the average that an update keeps.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.network = copy.deepcopy(model)
+    def __init__(self, network: nn.Module, model: nn.Module, decay: float) -> None:
+        self.network = network
         self._blend = get_ema_multi_avg_fn(decay)
-        tensors = [list(chain(network.parameters(), network.buffers())) for network in (self.network, model)]
-        pairs = [(own.detach(), other.detach()) for own, other in zip(*tensors, strict=True)]
+        tensors = [list(chain(network.parameters(), network.buffers())) for network in (network, model)]
+        pairs = [(own_share(own.detach()), own_share(other.detach())) for own, other in zip(*tensors, strict=True)]
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 

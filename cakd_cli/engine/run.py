@@ -10,7 +10,7 @@ import torch
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.engine import record, run_directory, state
-from cakd_cli.engine.build import Inputs, Job, make_source, make_task
+from cakd_cli.engine.build import Inputs, Job, make_job, make_source
 from cakd_cli.engine.checkpoints import Checkpoint
 from cakd_cli.engine.choices import Choices, as_begun, decide
 from cakd_cli.engine.loop import Trainer
@@ -21,6 +21,7 @@ from cakd_cli.errors import CakdError, DeviceFullError, InputError, RecipeError,
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.teacher_check import check_teacher
 from cakd_cli.machine.memory import is_out_of_memory
+from cakd_cli.machine.sharding import load_whole
 from cakd_cli.machine.stopwatch import Stopwatch
 from cakd_cli.models import saving
 from cakd_cli.models.normalisation import Normalisation
@@ -172,12 +173,11 @@ def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
     if source is not None and source.memory is not None and source.memory.folder is not None and inputs.ranks.first:
         memory.write_check(source.memory.identity, facts["data"], checked or {})
     try:
-        task = make_task(inputs, recipe)
+        return make_job(inputs, recipe, source)
     except BaseException:
         if source is not None:
             source.close()
         raise
-    return Job(recipe, inputs.hardware, inputs.data, task, source, inputs.ranks)
 
 
 def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progress) -> dict[str, float]:
@@ -232,7 +232,7 @@ def _finish(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     job = trainer.job
     recipe, data, student = job.recipe, job.data, job.task.student
     machine = job.hardware.full_precision()
-    student.load_state_dict(trainer.best_state)
+    load_whole(student, trainer.best_state)
     normalisation = Normalisation(data.mean, data.std, machine)
     figures = {}
     for name, split in (("validation", data.validation), ("test", data.test)):
@@ -255,6 +255,9 @@ def _write(trainer: Trainer, facts: dict[str, Any]) -> None:
     """Write the finished folder; ``facts`` gets what is only known now."""
     job, directory = trainer.job, trainer.run
     recipe, data, student = job.recipe, job.data, job.task.student
+    if recipe.engine.parallel == "fsdp":
+        student = recipe.model.build(in_channels=data.input.shape[0], num_classes=data.num_classes)
+        student.load_state_dict(trainer.best_state)
     facts["images_per_second"] = [line["images_per_second"] for line in directory.metrics()]
     saved = saving.SavedModel(
         model=student.cpu().eval(),

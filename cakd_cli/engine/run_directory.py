@@ -32,6 +32,7 @@ _FREE_KEYS = (
         "engine.out_of_memory",
         "engine.log_interval",
         "engine.checkpoint_seconds",
+        "engine.parallel",
         "data.workers",
         "data.root",
     ),

@@ -9,6 +9,7 @@ from torch import Tensor
 from cakd_cli.engine.checkpoints import Checkpoint
 from cakd_cli.engine.optimizer import under
 from cakd_cli.errors import InputError
+from cakd_cli.machine.sharding import load_whole, whole_state
 
 if TYPE_CHECKING:
     from cakd_cli.engine.loop import Trainer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def snapshot(trainer: "Trainer") -> Checkpoint:
     """Copy a moment between two steps; every process of the run must call it."""
     training = trainer.optimizer.state()
-    training |= {f"terms.{key}": tensor for key, tensor in trainer.task.term_modules.state_dict().items()}
+    training |= {f"terms.{key}": tensor for key, tensor in whole_state(trainer.task.term_modules).items()}
     training |= {f"random.{kind}": state for kind, state in trainer.hardware.random_state().items()}
     if trainer.sums is not None:
         training["sums"] = trainer.ranks.mean(trainer.sums)
@@ -30,7 +31,7 @@ def snapshot(trainer: "Trainer") -> Checkpoint:
         "weights": trainer.weights.state(),
         "gradient_norms": {"epoch": trainer.norms_epoch, "said": trainer.balance_said},
     }
-    return Checkpoint(trainer.task.student.state_dict(), training, trainer.best_state, state)
+    return Checkpoint(whole_state(trainer.task.student), training, trainer.best_state, state)
 
 
 def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
@@ -53,9 +54,9 @@ def _restore(
     trainer: "Trainer", model: dict[str, Tensor], training: dict[str, Tensor], state: Mapping[str, Any]
 ) -> None:
     device = trainer.hardware.device
-    trainer.task.student.load_state_dict(model)
+    load_whole(trainer.task.student, model)
     trainer.optimizer.restore(training)
-    trainer.task.term_modules.load_state_dict(under("terms.", training))
+    load_whole(trainer.task.term_modules, under("terms.", training))
     trainer.sums = training["sums"].to(device) if "sums" in training else None
     trainer.norms = training["gradient_norms"].to(device)
     epoch, step = int(state["epoch"]), int(state["step"])

@@ -16,6 +16,7 @@ from cakd_cli.losses import Lesson, Look, LossOutput, Shapes, Term
 from cakd_cli.losses.weights import part_name
 from cakd_cli.machine import compiling
 from cakd_cli.machine.hardware import Hardware
+from cakd_cli.machine.sharding import whole
 from cakd_cli.machine.stopwatch import Stopwatch
 from cakd_cli.models.layers import LOGITS, Answers, Located, Tap, Tapped, locate
 from cakd_cli.models.normalisation import Normalisation
@@ -108,7 +109,7 @@ class Task(nn.Module):
             of_input = next((tap for tap in teacher.taps if tap.of_input), None)
             if of_input is not None:
                 weight = teacher.model.get_submodule(of_input.layer).get_parameter("weight")
-                classifier = weight.detach().float().clone()
+                classifier = whole(weight.detach()).float().clone()
         for number, term in enumerate(terms):
             try:
                 module = term.module(Shapes(student, theirs, classifier))
@@ -167,17 +168,17 @@ class Task(nn.Module):
         )
         total = lesson.student_BC.new_zeros(())
         parts = {"loss": total, "top1": metrics.hits(lesson.student_BC.detach(), batch.labels).float().mean()}
-        measured = []
+        weighted = []
         for number, term in enumerate(terms):
             key = str(number)
             module = self.term_modules[key] if key in self.term_modules else None  # noqa: SIM401 - it has no get
             output: LossOutput = term(lesson, module)
-            weighted = term.factor * output.total
-            if norms:
-                measured.append(_norm_of_gradient(weighted, lesson.student_BC))
-            total = total + weighted
+            weighted.append(term.factor * output.total)
+            total = total + weighted[-1]
             self._add_parts(parts, number, output)
         parts["loss"] = total.detach()
+        # After all terms: a backward pass lets go of gathered shares (FSDP2).
+        measured = [_norm_of_gradient(term, lesson.student_BC) for term in weighted if norms]
         return Step(total, parts, torch.stack(measured) if measured else None)
 
     def _add_parts(self, parts: dict[str, Tensor], number: int, output: LossOutput) -> None:

@@ -105,6 +105,9 @@ class EngineOptions(Options):
     sync_batch_norm: bool = Field(
         True, description="whether batch norms see the batch of all processes together, or each its own share"
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="what each of several processes holds of a network: all of it, or a share of each weight"
+    )
     channels_last: bool = Field(True, description="memory layout that convolutions prefer")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay a step of an average of the weights, which is what is saved; 0 = off"
@@ -179,6 +182,13 @@ class Recipe(Options):
         engine = self.engine
         if isinstance(self.optimizer, SGDOptions) and self.optimizer.nesterov and not self.optimizer.momentum:
             yield ("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false"
+        if engine.parallel == "fsdp":
+            for key, value in (("compile", "on"), ("teacher_form", "compiled")):
+                if getattr(engine, key) == value:
+                    yield (
+                        ("engine", key),
+                        f"is {value}, and what is cut over processes (parallel: fsdp) is not compiled",
+                    )
         if engine.batch_size % engine.gradient_accumulation:
             yield (
                 ("engine", "gradient_accumulation"),

@@ -43,6 +43,9 @@ _SLACK, _FLOOR = 2.0, 1e-4
 class Form:
     """A teacher that answers in one of the forms above.
 
+    Attributes:
+        network: That computes.
+
     Args:
         teacher: Whose answers.
         name: Of the form.
@@ -61,8 +64,8 @@ class Form:
         if name == "folded-nchw":
             hardware = replace(hardware, channels_last=False)
         self._dtype = torch.bfloat16 if name == "folded-bf16" else torch.float32
-        model = teacher.model if name == "plain" else hardware.place(_fold(teacher.model).to(self._dtype))
-        self._model = Tapped(model, teacher.taps)
+        self.network = teacher.model if name == "plain" else hardware.place(_fold(teacher.model).to(self._dtype))
+        self._model = Tapped(self.network, teacher.taps)
         # Without graphs: it answers while the student works, whose graphs' memory they would share.
         self._answer = compiling.compiled(self._model, graphed=False) if name == "compiled" else self._model
         self._hardware = hardware

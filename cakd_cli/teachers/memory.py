@@ -205,14 +205,19 @@ class TeacherMemory:
             os.close(self._files.pop())
 
     @classmethod
-    def open(cls, identity: Identity, facts: Mapping[str, str]) -> "TeacherMemory":
+    def open(cls, identity: Identity, facts: Mapping[str, str], folder: Path | None = None) -> "TeacherMemory":
         """Open the memory on disk, creating it with these ``FACTS`` where there is none.
+
+        Args:
+            identity: What the answers depend on.
+            facts: What people see of it.
+            folder: Where; none is the one that all runs share.
 
         Raises:
             InputError: If its files are damaged.
             OSError: If it cannot be created.
         """
-        folder = folder_of(identity)
+        folder = folder or folder_of(identity)
         if not folder.exists():
             document = {"identity": identity.document(), "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
             try:

@@ -230,6 +230,40 @@ def test_another_number_of_processes_goes_on(trained, tmp_path, monkeypatch, cou
     assert (begun["hardware"].get("ranks", 1), len(begun["resumed"])) == (counts[0], len(counts) - 1)
 
 
+SHARDED = {
+    "cakd": (*METHODS["cakd"], "optimizer.type=adamw", "engine.teacher_memory=ram"),
+    "ctkd": (*METHODS["ctkd"], "engine.ema_decay=0.8", "engine.teacher_memory=off"),
+}
+
+
+def test_shares_of_a_network_train_the_same_run(toy_file, toy_teacher, tmp_path):
+    """What each process holds of the student, the connectors, the average and the live teacher changes no number."""
+    wide = ("distill", *COMMON, "--student", "wrn-16-2", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher)
+    jobs = {
+        f"{name} {parallel}": (*wide, *method, f"engine.parallel={parallel}", "--out", tmp_path / f"{name} {parallel}")
+        for name, method in SHARDED.items()
+        for parallel in ("ddp", "fsdp")
+    }
+    results, said = run_ranks(2, jobs.values(), tmp_path / "jobs")
+    assert [result["code"] for result in results] == [0] * len(jobs), said
+    losses = {name: torch.tensor(result["losses"]) for name, result in zip(jobs, results, strict=True)}
+
+    for name in SHARDED:
+        assert (losses[f"{name} ddp"] - losses[f"{name} fsdp"]).abs().max() < 1e-5, name
+        state = load_file(tmp_path / f"{name} ddp" / "model.safetensors")
+        for key, value in load_file(tmp_path / f"{name} fsdp" / "model.safetensors").items():
+            assert torch.allclose(value, state[key], atol=1e-5), (name, key)
+
+    # Cut over two, then whole in one: a checkpoint knows nothing of shares.
+    resumed = (*wide, *SHARDED["ctkd"], "engine.parallel=fsdp", "--resume", "--out", tmp_path / "resumed")
+    stopped, said = run_ranks(2, [resumed], tmp_path / "first", stop_after=4)
+    assert stopped[0]["code"] == 75, said
+    finished, said = run_ranks(1, [resumed], tmp_path / "second")
+    assert finished[0]["code"] == 0, said
+    both = torch.tensor(stopped[0]["losses"] + finished[0]["losses"])
+    assert (both - losses["ctkd ddp"]).abs().max() < 1e-4
+
+
 def torchrun(*words, count=2, restarts=3):
     command = ["torchrun", "--nproc-per-node", count, "--max-restarts", restarts, "--master-port", free_port()]
     return subprocess.Popen(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cakd_cli.engine.build import Job, make_source, make_task, read_inputs
+from cakd_cli.engine.build import make_job, make_source, read_inputs
 from cakd_cli.engine.choices import decide
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.optimizer import make_optimizer
@@ -38,10 +38,10 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
         words = ("engine.precision=fp32", "engine.device=cpu", *words)
         choices = decide(read_inputs(resolve(list(words), defaults | flags)))
         inputs, recipe = choices.inputs, choices.recipe
-        source, task = make_source(inputs, recipe, Silent().note), make_task(inputs, recipe)
+        job = make_job(inputs, recipe, make_source(inputs, recipe, Silent().note))
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
-        trainer = Trainer(Job(recipe, inputs.hardware, inputs.data, task, source), run, Silent(), StopRequest())
+        trainer = Trainer(job, run, Silent(), StopRequest())
         trainer.teacher = inputs.teacher
         return trainer
 

@@ -158,6 +158,7 @@ seed: 3
         (["seed="], BASE, "seed: input should be a valid integer, got None"),
         (["seed=-1"], BASE, "greater than or equal to 0, got -1"),
         (["seed=010"], BASE, "got '010'"),
+        (["engine.parallel=fsdp", "engine.compile=on"], BASE, "engine.compile: is on, and what is cut over processes"),
         (["optimizer.momentum=0"], BASE, "optimizer.nesterov: needs a momentum above 0"),
         (["²=1"], BASE, "²=1: ²: unknown key"),
         (["loss=[]"], BASE, "loss: needs at least one term"),
