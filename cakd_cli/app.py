@@ -45,6 +45,14 @@ class Baseline(StrEnum):
     plain = "plain"
 
 
+class Where(StrEnum):
+    """Where a sweep runs."""
+
+    here = "here"
+    ray = "ray"
+    slurm = "slurm"
+
+
 class Catalogue(StrEnum):
     """What can be listed."""
 
@@ -240,6 +248,82 @@ def export(
 
     console = Console(json_mode=json, quiet=quiet, verbose=verbose)
     command.run(run, format=format.value, out=out, overwrite=overwrite, console=console)
+
+
+@app.command()
+def sweep(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=A,B]...", help="A recipe, then settings; KEY=A,B tries both."),
+    ] = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    loss: Annotated[str, typer.Option(help="Methods beside the student alone: kd,dkd,cakd.")] = "cakd",
+    seeds: Annotated[str, typer.Option(help="How many (6 is 0 to 5), or which: 3,7.")] = "6",
+    out: Annotated[str, typer.Option(help="Folder of the sweep, with a run directory for each run.")] = "runs/sweep",
+    epochs: Epochs = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Runs side by side; one a GPU by default.")] = None,
+    on: Annotated[Where, typer.Option(help="This machine, a Ray cluster, or an array of SLURM jobs.")] = Where.here,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train every method with every seed, and compare; the same command goes on where it was."""
+    from cakd_cli.commands import sweep as command
+    from cakd_cli.console import Console
+
+    flags = {
+        "--data": data,
+        "--data-root": data_root,
+        "--teacher": teacher,
+        "--student": student,
+        "--epochs": epochs,
+        "--device": device,
+        "--batch-size": batch_size,
+    }
+    wish = command.Wish(losses=loss, seeds=seeds, out=out, jobs=jobs, where=on.value)
+    command.run(words or [], flags, wish, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
+
+
+Runs = Annotated[list[str], typer.Argument(metavar="RUN|SWEEP...", help="Folders of runs, or of sweeps.")]
+Different = Annotated[bool, typer.Option("--different", help="Compare although more than the method differs.")]
+Against = Annotated[str | None, typer.Option(help="The method to compare with; the student alone by default.")]
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    against: Against = None,
+    different: Different = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a table of Markdown.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print a table of LaTeX (booktabs).")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say which method is better, by how much, and whether that is more than chance."""
+    from cakd_cli.commands import compare as command
+    from cakd_cli.console import Console
+
+    form = "latex" if latex else "markdown" if markdown else "terminal"
+    console = Console(json_mode=json, quiet=quiet, verbose=verbose)
+    command.run(runs, against=against, different=different, form=form, console=console)
+
+
+@app.command("runs")
+def runs_(
+    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to look.")] = "runs",
+    json: Json = False,
+) -> None:
+    """List runs with their figures, best first."""
+    from cakd_cli.commands import compare as command
+    from cakd_cli.console import Console
+
+    command.list_runs(folder, console=Console(json_mode=json))
 
 
 @app.command()

@@ -120,7 +120,7 @@ class Console:
             figures = line["validation"]
             name, value = ("mAP", figures["map"]) if "map" in figures else ("top-1", figures["top1"])
             text += f"  held-out {name} {value:.1%}"
-        text += f"  {line['images_per_second']:,.0f} images/s  {_duration(left)} left"
+        text += f"  {line['images_per_second']:,.0f} images/s  {duration(left)} left"
         if self._bar is not None and self._task is not None:
             status = f"{line['images_per_second']:,.0f} images/s  {_parts(train)}"
             self._bar.update(self._task, completed=line["epoch"] * self._steps_per_epoch, status=status)
@@ -167,7 +167,8 @@ def _parts(train: Mapping[str, float]) -> str:
     return f"loss {train['loss']:.3f} ({parts})"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Write seconds as 1:02 or 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -39,6 +39,14 @@ FLAGS = {
         *("--data", "--data-root", "--teacher", "--student", "--against", "--device", "--batch-size"),
         *("--json", "-q", "--quiet", "-v", "--verbose"),
     },
+    "sweep": {
+        *("--data", "--data-root", "--teacher", "--student", "--loss", "--seeds", "--out", "--epochs", "--device"),
+        *("--batch-size", "--jobs", "--on", "--json", "-q", "--quiet", "-v", "--verbose"),
+    },
+    "compare": {
+        *("--against", "--different", "--markdown", "--latex", "--json", "-q", "--quiet", "-v", "--verbose"),
+    },
+    "runs": {"--json"},
     "list": {"--json"},
     "env": {"--json"},
     "recipes list": {"--json"},

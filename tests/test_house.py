@@ -20,7 +20,7 @@ ROWS = (
     ("recipe",),
     ("evaluation",),
     ("engine",),
-    ("bench", "export", "report"),
+    ("bench", "export", "report", "sweep"),
     ("commands",),
     ("app",),
     ("process",),

@@ -18,6 +18,7 @@ def run(run: str, flags: dict[str, Any], *, split: str, min_top1: float | None, 
     path = Path(run).expanduser()
     saving.read_config(path)  # first of all: whether there is a network
     report = measure(path, recipe_of(path, flags), split=split, with_teacher=bool(flags.get("teacher")))
+    del report["right"]  # for comparisons of networks
     if report["as_recorded"] is False:
         console.warn(f"the {split} images of {report['data']} are not those that {run} was made with")
     failed = min_top1 is not None and report["quality"]["top1"] < min_top1

@@ -191,6 +191,19 @@ def _holder(lock: TextIO) -> str:
         return ""
 
 
+def holder(path: Path) -> str:
+    """Say who uses a run's folder now; empty if nobody does."""
+    try:
+        with (path / ".lock").open("r+", encoding="utf-8", errors="replace") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with (path / ".lock").open(encoding="utf-8", errors="replace") as lock:
+            return _holder(lock) or "another process"
+    except OSError:
+        pass  # there is no lock, or none that this process may take: the run itself will say so
+    return ""
+
+
 def now() -> str:
     """The time, as run.json and locks say it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,8 +1,10 @@
 """All figures of a trained network, alone and beside its teacher, in float32."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from cakd_cli.data import ImageDataSet, Split
@@ -15,6 +17,8 @@ from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.models.saving import SavedModel
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher, load_teacher
+
+T = TypeVar("T")
 
 
 class Measured(NamedTuple):
@@ -33,7 +37,29 @@ class Measured(NamedTuple):
     labels: Tensor
 
 
-def measure(run: Path, recipe: Recipe, *, split: str, with_teacher: bool, with_latency: bool = True) -> dict[str, Any]:
+class Kept:
+    """Data that were read and teachers that answered, for the next network that is measured on them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
+        """Give what is known under a key, or make it."""
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
+
+
+def measure(
+    run: Path,
+    recipe: Recipe,
+    *,
+    split: str,
+    with_teacher: bool,
+    with_latency: bool = True,
+    kept: Kept | None = None,
+) -> dict[str, Any]:
     """Measure a trained network.
 
     Args:
@@ -42,14 +68,16 @@ def measure(run: Path, recipe: Recipe, *, split: str, with_teacher: bool, with_l
         split: ``test``, ``val`` or ``train``.
         with_teacher: Compare with the recipe's teacher.
         with_latency: Measure the time of a forward pass as well, for about two seconds.
+        kept: Of networks that were measured before this one.
 
     Raises:
         CakdError: If the run, the data or the teacher is missing or they do not fit.
     """
-    saved = saving.read(run)
+    saved, kept = saving.read(run), kept or Kept()
     machine = choose_hardware(recipe.engine.device, "fp32", channels_last=recipe.engine.channels_last)
     shown = saved.preprocessing
-    data = recipe.data.shown_as(shown.input_size[1:], shown.crop_pct).load()
+    spec = recipe.data.shown_as(shown.input_size[1:], shown.crop_pct)
+    data = kept.get(spec.model_dump_json(), spec.load)
     check_fits(saved, data, str(run))
     images = choose_split(data, split)
     model = machine.place(saved.model).eval()
@@ -66,6 +94,7 @@ def measure(run: Path, recipe: Recipe, *, split: str, with_teacher: bool, with_l
         "as_recorded": _as_recorded(saved, data, split),
         "quality": metrics.quality(measured.logits, measured.labels),
         "per_class": metrics.per_class(measured.logits, measured.labels, saved.class_names),
+        "right": np.packbits(metrics.hits(measured.logits, measured.labels).numpy()).tobytes().hex(),
         "cost": {"parameters": num_parameters(model), "flops_per_image": cost.flops(model, shown.input_size)},
     }
     if with_latency:
@@ -73,27 +102,30 @@ def measure(run: Path, recipe: Recipe, *, split: str, with_teacher: bool, with_l
         report["cost"]["device"] = machine.name
     if with_teacher:
         assert recipe.teacher is not None
-        teacher = load_teacher(recipe.teacher, data, machine)
-        report["teacher"] = _beside_teacher(measured, teacher, machine, size)
+        options = recipe.teacher
+        key = f"{spec.model_dump_json()} {split} {options.model_dump_json()}"
+        about, theirs = kept.get(key, lambda: _ask(load_teacher(options, data, machine), measured, machine, size))
+        if theirs.shape != measured.logits.shape:
+            raise RecipeError(
+                f"the teacher {about['name']} answers {theirs.shape[1]} classes, the run {measured.logits.shape[1]}"
+            )
+        report["teacher"] = {**about, "fidelity": metrics.fidelity(measured.logits, theirs)}
     return report
 
 
-def _beside_teacher(measured: Measured, teacher: Teacher, machine: Hardware, batch_size: int) -> dict[str, Any]:
+def _ask(teacher: Teacher, measured: Measured, machine: Hardware, batch_size: int) -> tuple[dict[str, Any], Tensor]:
+    """Measure a teacher on the same images; returns its figures and its logits."""
     normalisation = Normalisation(teacher.mean, teacher.std, machine)
     answers, _ = predict(teacher.model, measured.images, normalisation, machine, batch_size=batch_size)
-    if answers.shape != measured.logits.shape:
-        raise RecipeError(
-            f"the teacher {teacher.name} answers {answers.shape[1]} classes, the run {measured.logits.shape[1]}"
-        )
-    return {
+    about = {
         "name": teacher.name,
         "quality": metrics.quality(answers, measured.labels),
         "cost": {
             "parameters": num_parameters(teacher.model),
             "flops_per_image": cost.flops(teacher.model, measured.shape),
         },
-        "fidelity": metrics.fidelity(measured.logits, answers),
     }
+    return about, answers
 
 
 def check_finite(logits: Tensor, network: str) -> None:

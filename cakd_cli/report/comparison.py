@@ -1,0 +1,183 @@
+"""Which method is better, by how much, and whether that is more than chance."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from cakd_cli.errors import InputError, RecipeError, UsageError, nearest
+from cakd_cli.evaluation import metrics
+from cakd_cli.report import statistics
+from cakd_cli.report.finished import Evaluations, FinishedRun, differing
+
+# Figures of a network beside its teacher, and whether they are shares.
+FIDELITY = ("agreement", "kl", "bcd", "scd", "wcd")
+QUALITY = ("map", "top1", "top5", "nll", "ece")
+
+
+def compare(
+    runs: Sequence[FinishedRun], evaluations: Evaluations, *, against: str | None = None, different: bool = False
+) -> dict[str, Any]:
+    """Compare groups of runs that differ in the seed alone.
+
+    Args:
+        runs: All of them.
+        evaluations: Measures them on their test images.
+        against: The group that the others are compared with; none is the student alone, or else the first.
+        different: Compare although more than the method differs.
+
+    Returns:
+        ``groups``, best first, each with its figures as mean, standard deviation (none of one run) and n, and its
+        ``difference``: over the seeds that both groups have, the mean, its 95 % interval (BCa bootstrap), p (sign
+        flips), p after Holm's correction and a verdict.
+
+    Raises:
+        UsageError: If there is no group ``against``.
+        RecipeError: If the runs are not comparable.
+        InputError: If two runs of a group have one seed.
+    """
+    differs = differing(runs)
+    if differs and not different:
+        what = "; ".join(f"{name}: {' or '.join(values)}" for name, values in differs.items())
+        raise RecipeError(f"these runs are no fair comparison: they differ in {what}", hint="--different compares them")
+    groups = _grouped(runs)
+    base = _baseline(groups, against)
+    documents = {name: _group(name, members, evaluations) for name, members in groups.items()}
+    headline = "map" if "map" in documents[base]["figures"] else "top1"
+    values = {
+        name: {run.seed: evaluations.of(run)["quality"][headline] for run in members}
+        for name, members in groups.items()
+    }
+    _add_differences(documents, values, base)
+    teacher = next((e["teacher"] for e in map(evaluations.of, runs) if "teacher" in e), None)
+    first = evaluations.of(runs[0])
+    return {
+        "data": first["data"],
+        "samples": first["samples"],
+        "headline": headline,
+        "against": base,
+        "comparisons": len(groups) - 1,
+        "groups": sorted(documents.values(), key=lambda group: -group["figures"][headline]["mean"]),
+        "teacher": teacher and {key: teacher[key] for key in ("name", "quality", "cost")},
+        "networks": _two_networks(runs, evaluations),
+        "different": differs,
+        "classes": len(first["per_class"]),
+    }
+
+
+def _grouped(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        members = groups.setdefault(run.group, [])
+        if any(other.seed == run.seed for other in members):
+            other = next(other for other in members if other.seed == run.seed)
+            raise InputError(
+                f"{other.path} and {run.path} are both {run.group} with seed {run.seed}",
+                hint="runs are told apart by the names of their folders",
+            )
+        members.append(run)
+    return groups
+
+
+def _baseline(groups: Mapping[str, Sequence[FinishedRun]], against: str | None) -> str:
+    if against is not None:
+        if against not in groups:
+            raise UsageError(f"--against {against}: there is no such group; {nearest(against, list(groups))}")
+        return against
+    return next((name for name, members in groups.items() if members[0].is_alone), next(iter(groups)))
+
+
+def _group(name: str, members: Sequence[FinishedRun], evaluations: Evaluations) -> dict[str, Any]:
+    reports = [evaluations.of(run) for run in members]
+    sources = [report["quality"] | report.get("teacher", {}).get("fidelity", {}) for report in reports]
+    held_out = [run.facts["metrics"].get("validation", {}).get("top1") for run in members]
+    latency = next(
+        (report["cost"]["latency"][0]["median_ms"] for report in reports if "latency" in report["cost"]), None
+    )
+    return {
+        "name": name,
+        "alone": members[0].is_alone,
+        "model": members[0].facts["model"]["name"],
+        "runs": [str(run.path) for run in members],
+        "seeds": [run.seed for run in members],
+        "parameters": reports[0]["cost"]["parameters"],
+        "flops_per_image": reports[0]["cost"]["flops_per_image"],
+        "latency_ms": latency,
+        "figures": {
+            key: spread([source[key] for source in sources])
+            for key in (*QUALITY, *FIDELITY)
+            if all(key in source for source in sources)
+        },
+        "validation": spread([value for value in held_out if value is not None]),
+        "curve": _curve(members),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any] | None:
+    """Mean, standard deviation (none of one value) and n; none of nothing."""
+    if not values:
+        return None
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values)}
+
+
+def _curve(members: Sequence[FinishedRun]) -> list[float]:
+    """Held-out top-1 after each epoch, mean over the runs that have it."""
+    curves = [[line["validation"]["top1"] for line in run.curve if "validation" in line] for run in members]
+    return [fmean(values) for values in zip(*curves, strict=False)]
+
+
+def _add_differences(
+    documents: dict[str, dict[str, Any]], values: Mapping[str, Mapping[int, float]], base: str
+) -> None:
+    others = [name for name in documents if name != base]
+    pairs = {
+        name: [values[name][seed] - values[base][seed] for seed in sorted(values[name].keys() & values[base].keys())]
+        for name in others
+    }
+    raw = {name: statistics.sign_flip(found) if found else 1.0 for name, found in pairs.items()}
+    corrected = dict(zip(others, statistics.holm([raw[name] for name in others]), strict=True))
+    for name in others:
+        found = pairs[name]
+        low, high = statistics.bca_interval(found) if len(found) > 1 else (None, None)
+        documents[name]["difference"] = {
+            "pairs": len(found),
+            "mean": fmean(found) if found else None,
+            "low": low,
+            "high": high,
+            "p": raw[name],
+            "p_holm": corrected[name],
+            "verdict": statistics.verdict(found, corrected[name], comparisons=len(others)),
+        }
+
+
+def _two_networks(runs: Sequence[FinishedRun], evaluations: Evaluations) -> dict[str, Any] | None:
+    """Compare two networks image by image, which says nothing of their methods; none unless there are two."""
+    if len(runs) != 2:
+        return None
+    first, second = (int(evaluations.of(run)["right"], 16) for run in runs)
+    only_first, only_second = (first & ~second).bit_count(), (second & ~first).bit_count()
+    return {
+        "only_first": only_first,
+        "only_second": only_second,
+        "p": statistics.mcnemar(only_first, only_second),
+    }
+
+
+def significance_note(document: Mapping[str, Any]) -> str:
+    """Say what the number of seeds can show at all."""
+    comparisons = document["comparisons"]
+    if not comparisons:
+        return ""
+    needed = statistics.pairs_needed(comparisons)
+    fewest = min(group["difference"]["pairs"] for group in document["groups"] if "difference" in group)
+    if fewest >= needed:
+        return ""
+    least = min(1.0, comparisons * statistics.least_p(fewest))
+    return (
+        f"with {fewest} seed{'s' * (fewest != 1)} and {comparisons} comparison{'s' * (comparisons != 1)} p cannot be "
+        f"below {least:.2g}, so nothing can be significant: {needed} seeds are needed"
+    )
+
+
+def headline_name(key: str) -> str:
+    """Name the figure that decides, as people write it."""
+    return metrics.headline({key: 0.0})[0]

@@ -1,0 +1,198 @@
+"""A comparison as text: for a terminal of 80 columns, in Markdown and in LaTeX."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cakd_cli.report.comparison import headline_name, significance_note
+from cakd_cli.report.tables import count
+
+# Heading, and factor and digits of each figure.
+FIGURES = {
+    "map": ("mAP %", 100, 2),
+    "top1": ("top-1 %", 100, 2),
+    "top5": ("top-5 %", 100, 2),
+    "nll": ("NLL", 1, 3),
+    "ece": ("ECE", 1, 3),
+    "agreement": ("agree %", 100, 1),
+    "kl": ("KL", 1, 3),
+    "bcd": ("BCD", 1, 3),
+    "scd": ("SCD", 1, 3),
+    "wcd": ("WCD", 1, 3),
+}
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def label(group: Mapping[str, Any]) -> str:
+    """Name a group for people."""
+    name = str(group["name"])
+    return name.replace("cross-entropy", "student alone", 1) if group["alone"] and "cross-entropy" in name else name
+
+
+def figure(found: Mapping[str, Any] | None, key: str, *, joint: str = " ± ", deviation: bool = True) -> str:
+    """Write mean and standard deviation in the figure's unit; empty if unknown."""
+    if found is None:
+        return ""
+    _, factor, digits = FIGURES[key]
+    text = f"{factor * found['mean']:.{digits}f}"
+    return text + (f"{joint}{factor * found['sd']:.{digits}f}" if deviation and found["sd"] is not None else "")
+
+
+def change(group: Mapping[str, Any]) -> str:
+    """Write the difference to the baseline with its interval, in points; empty for the baseline."""
+    found = group.get("difference")
+    if not found or found["mean"] is None:
+        return ""
+    text = f"{100 * found['mean']:+.2f}"
+    return text if found["low"] is None else f"{text} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+
+
+def verdict(group: Mapping[str, Any]) -> str:
+    """Write what a difference shows; empty for the baseline."""
+    return str(group.get("difference", {}).get("verdict", "")).partition(":")[0]
+
+
+def p_value(group: Mapping[str, Any]) -> str:
+    """Write the corrected p; empty for the baseline."""
+    return f"{group['difference']['p_holm']:.3f}" if "difference" in group else ""
+
+
+def small_curve(values: Sequence[float], width: int = 10) -> str:
+    """Draw values as a line of little bars, from the least to the largest."""
+    if len(values) < 2:
+        return ""
+    picked = (
+        [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)] if len(values) > width else values
+    )
+    low, high = min(picked), max(picked)
+    return "".join(_BARS[1 + round((value - low) / ((high - low) or 1) * (len(_BARS) - 2))] for value in picked)
+
+
+def show(stdout: Console, document: Mapping[str, Any]) -> None:
+    """Print the comparison for a terminal."""
+    key = document["headline"]
+    against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{document['data']}, {document['samples']:,} test images"
+    )
+    table.add_column("", overflow="fold")
+    for name in ("n", FIGURES[key][0], f"vs {against}", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    more = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = [name for name in ("agreement", "ece", "nll", "kl", "bcd", "scd", "wcd") if _any(document, name)]
+    for name in ("", *(FIGURES[name][0] for name in shown), "held-out"):
+        more.add_column(name, justify="left" if name in ("", "held-out") else "right")
+    for group in document["groups"]:
+        figures = group["figures"]
+        table.add_row(
+            label(group),
+            str(len(group["seeds"])),
+            figure(figures[key], key),
+            change(group),
+            p_value(group),
+            verdict(group),
+        )
+        cells = [figure(figures.get(name), name, deviation=False) for name in shown]
+        more.add_row(label(group), *cells, small_curve(group["curve"]))
+    teacher = document["teacher"]
+    if teacher:
+        name = teacher["name"].partition(" of ")[0]
+        table.add_row(f"teacher {name}", "1", f"{100 * teacher['quality'][key]:.2f}")
+    stdout.print(table)
+    stdout.print(more)
+    for line in notes(document):
+        stdout.print(line, markup=False, style="dim")
+
+
+def show_sweep(stdout: Console, document: Mapping[str, Any]) -> None:
+    """Print how a sweep ended."""
+    if "comparison" in document:
+        show(stdout, document["comparison"])
+    for failed in document["failed"]:
+        stdout.print(f"{failed['run']}: exit {failed['exit']}: {failed['said']}", style="yellow", markup=False)
+    stdout.print(f"\ncakd compare {document['out']} --markdown", markup=False)
+
+
+def _any(document: Mapping[str, Any], name: str) -> bool:
+    return any(name in group["figures"] for group in document["groups"])
+
+
+def notes(document: Mapping[str, Any]) -> list[str]:
+    """Say how to read the table, and what it cannot show."""
+    lines = []
+    if document["comparisons"]:
+        lines.append(
+            f"± standard deviation over seeds; differences in points of {headline_name(document['headline'])}, seed by "
+            "seed, with 95 % intervals (BCa bootstrap); p by sign flips, after Holm's correction"
+        )
+    lines += filter(None, [significance_note(document)])
+    networks = document["networks"]
+    if networks:
+        lines.append(
+            f"two networks, not two methods: {networks['only_first']} images only the first gets right, "
+            f"{networks['only_second']} only the second, McNemar p {networks['p']:.3g}"
+        )
+    for name, values in document["different"].items():
+        lines.append(f"not alike: {name} ({' or '.join(values)})")
+    sizes = {group["model"]: (group["parameters"], group["flops_per_image"]) for group in document["groups"]}
+    for model, (parameters, flops) in sizes.items():
+        times = [group["latency_ms"] for group in document["groups"] if group["model"] == model and group["latency_ms"]]
+        latency = min(times, default=None)
+        timed = f", {latency:.2f} ms an image here" if latency else ""
+        lines.append(f"{model}: {parameters:,} parameters, {count(flops)}FLOP an image{timed}")
+    if document["teacher"]:
+        cost = document["teacher"]["cost"]
+        lines.append(f"teacher: {cost['parameters']:,} parameters, {count(cost['flops_per_image'])}FLOP an image")
+    return lines
+
+
+def rows(document: Mapping[str, Any], joint: str) -> tuple[list[str], list[list[str]]]:
+    """Give headings and cells of one wide table."""
+    shown = [name for name in FIGURES if _any(document, name)]
+    against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
+    headings = ["student", "n", *(FIGURES[name][0] for name in shown), f"vs {against} [95 %]", "p (Holm)", "verdict"]
+    cells = [
+        [
+            label(group),
+            str(len(group["seeds"])),
+            *(figure(group["figures"].get(name), name, joint=joint) for name in shown),
+            change(group),
+            p_value(group),
+            str(group.get("difference", {}).get("verdict", "")),
+        ]
+        for group in document["groups"]
+    ]
+    return headings, cells
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """Write the comparison as a table of Markdown."""
+    headings, cells = rows(document, " ± ")
+    lines = [headings, ["---"] * len(headings), *([part.replace("|", "\\|") for part in row] for row in cells)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table + "\n\n" + "\n".join(f"- {line}" for line in notes(document)) + "\n"
+
+
+_SPECIAL = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}"}
+_SPECIAL |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+
+
+def latex(document: Mapping[str, Any]) -> str:
+    """Write the comparison as a table of LaTeX, which needs the package booktabs."""
+    headings, cells = rows(document, " @PM@ ")
+
+    def line(parts: Sequence[str]) -> str:
+        plain = ("".join(_SPECIAL.get(letter, letter) for letter in part) for part in parts)
+        return " & ".join(plain).replace("@PM@", r"$\pm$").replace("±", r"$\pm$") + r" \\"
+
+    body = "\n".join(map(line, cells))
+    comments = "\n".join(f"% {text}" for text in notes(document))
+    columns = "l" + "r" * (len(headings) - 2) + "l"
+    return (
+        f"{comments}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(headings)}\n\\midrule\n{body}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
