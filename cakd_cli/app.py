@@ -314,6 +314,25 @@ def compare(
     command.run(runs, against=against, different=different, form=form, console=console)
 
 
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[str, typer.Option(help="File to write.")] = "report.html",
+    against: Against = None,
+    different: Different = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write one page about runs: was distilling worth it, what is left to learn, what goes wrong."""
+    from cakd_cli.commands import report as command
+    from cakd_cli.console import Console
+
+    console = Console(json_mode=json, quiet=quiet, verbose=verbose)
+    command.run(runs, out=out, against=against, different=different, overwrite=overwrite, console=console)
+
+
 @app.command("runs")
 def runs_(
     folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to look.")] = "runs",

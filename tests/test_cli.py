@@ -46,6 +46,7 @@ FLAGS = {
     "compare": {
         *("--against", "--different", "--markdown", "--latex", "--json", "-q", "--quiet", "-v", "--verbose"),
     },
+    "report": {"--out", "--against", "--different", "--overwrite", "--json", "-q", "--quiet", "-v", "--verbose"},
     "runs": {"--json"},
     "list": {"--json"},
     "env": {"--json"},

@@ -73,7 +73,7 @@ def _show(stdout: RichConsole, rows: Sequence[dict[str, Any]], root: Path) -> No
     for name in ("run", "student", "loss", "epochs", "held-out", "test"):
         table.add_column(name, justify="left" if name in ("run", "student", "loss") else "right", overflow="fold")
     for row in rows:
-        figures = [f"{100 * row[split]:.2f} %" if row[split] is not None else "" for split in ("validation", "test")]
+        figures = [f"{row[split]:.2%}" if row[split] is not None else "" for split in ("validation", "test")]
         state = "" if row["state"] == "completed" else f" ({row['state']})"
         name = str(Path(row["run"]).relative_to(root)) + state
         table.add_row(

@@ -161,7 +161,7 @@ class _Board:
         self._figures.setdefault(unit.group, {})[unit.seed] = figures.get("map", figures.get("top1", math.nan))
 
     def _figure(self, unit: Unit) -> str:
-        return f"test {100 * self._figures[unit.group][unit.seed]:.2f} %"
+        return f"test {self._figures[unit.group][unit.seed]:.2%}"
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0))

@@ -27,7 +27,7 @@ def compare(
 
     Returns:
         ``groups``, best first, each with its figures as mean, standard deviation (none of one run) and n, and its
-        ``difference``: over the seeds that both groups have, the mean, its 95 % interval (BCa bootstrap), p (sign
+        ``difference``: over the seeds that both groups have, the mean, its 95% interval (BCa bootstrap), p (sign
         flips), p after Holm's correction and a verdict.
 
     Raises:

@@ -127,7 +127,7 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     if document["comparisons"]:
         lines.append(
             f"± standard deviation over seeds; differences in points of {headline_name(document['headline'])}, seed by "
-            "seed, with 95 % intervals (BCa bootstrap); p by sign flips, after Holm's correction"
+            "seed, with 95% intervals (BCa bootstrap); p by sign flips, after Holm's correction"
         )
     lines += filter(None, [significance_note(document)])
     networks = document["networks"]
@@ -154,15 +154,19 @@ def rows(document: Mapping[str, Any], joint: str) -> tuple[list[str], list[list[
     """Give headings and cells of one wide table."""
     shown = [name for name in FIGURES if _any(document, name)]
     against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
-    headings = ["student", "n", *(FIGURES[name][0] for name in shown), f"vs {against} [95 %]", "p (Holm)", "verdict"]
+    key = document["headline"]
+    shown = [key, *(name for name in shown if name != key)]
+    decisive = [f"vs {against} [95%]", "p (Holm)", "verdict"]
+    headings = ["student", "n", FIGURES[key][0], *decisive, *(FIGURES[name][0] for name in shown[1:])]
     cells = [
         [
             label(group),
             str(len(group["seeds"])),
-            *(figure(group["figures"].get(name), name, joint=joint) for name in shown),
+            figure(group["figures"].get(key), key, joint=joint),
             change(group),
             p_value(group),
             str(group.get("difference", {}).get("verdict", "")),
+            *(figure(group["figures"].get(name), name, joint=joint) for name in shown[1:]),
         ]
         for group in document["groups"]
     ]
@@ -191,7 +195,7 @@ def latex(document: Mapping[str, Any]) -> str:
 
     body = "\n".join(map(line, cells))
     comments = "\n".join(f"% {text}" for text in notes(document))
-    columns = "l" + "r" * (len(headings) - 2) + "l"
+    columns = "lrrrrl" + "r" * (len(headings) - 6)
     return (
         f"{comments}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(headings)}\n\\midrule\n{body}\n"
         "\\bottomrule\n\\end{tabular}\n"

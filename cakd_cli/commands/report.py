@@ -1,0 +1,29 @@
+"""cakd report."""
+
+from pathlib import Path
+from typing import Any
+
+from cakd_cli.commands.compare import runs_in
+from cakd_cli.console import Console
+from cakd_cli.errors import InputError, UsageError
+from cakd_cli.report import finished, page
+from cakd_cli.report.comparison import compare
+
+
+def run(paths: list[str], *, out: str, against: str | None, different: bool, overwrite: bool, console: Console) -> None:
+    """Compare finished runs and write the page about them."""
+    if not out:
+        raise UsageError("--out is empty")
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", hint="--out is a file: --out report.html")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists", hint="--overwrite replaces it")
+    runs = runs_in(paths)
+    document = compare(runs, finished.Evaluations(), against=against, different=different)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Any] = {"out": str(path), **page.write(path, document, runs)}
+    console.result(
+        written | {"comparison": document},
+        lambda stdout: stdout.print("\n".join([*written["summary"], f"\nreport in {path}"]), markup=False),
+    )
