@@ -1,10 +1,13 @@
 """A sweep on a Ray cluster that exists: a task a run, on whatever machine has room."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cakd_cli.errors import ExitCode, HardwareError, RecipeError, first_line
 from cakd_cli.sweep.here import Outcome, Processes, train
@@ -33,6 +36,14 @@ def run_all(
         import ray
     except ImportError as error:
         raise RecipeError("--on ray needs ray", hint="pip install 'cakd[ray]'") from error
+    # What ray has to say is no result.
+    with contextlib.redirect_stdout(sys.stderr):
+        return _run_all(ray, units, out, started, ended)
+
+
+def _run_all(
+    ray: Any, units: Sequence[Unit], out: Path, started: Callable[[Unit], None], ended: Callable[[Outcome], None]
+) -> int:
     try:
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -66,9 +77,9 @@ def _one(unit: Unit, out: str) -> Outcome:
     return train(unit, Path(out), Processes())
 
 
-def _outcome(ray: "object", reference: object, unit: Unit) -> Outcome:
+def _outcome(ray: Any, reference: Any, unit: Unit) -> Outcome:
     try:
-        outcome: Outcome = ray.get(reference)  # type: ignore[attr-defined]
+        outcome: Outcome = ray.get(reference)
     except Exception as error:  # whatever ray says of a task that it gave up
         return Outcome(unit, int(ExitCode.INTERNAL), 0.0, f"error: {first_line(error)}")
     return outcome
