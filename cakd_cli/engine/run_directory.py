@@ -42,7 +42,16 @@ _FREE_KEYS = (
 )
 # In the order in which a run is removed, its exports included: what marks the folder as a run goes last.
 _OWN_NAMES = (
-    *("checkpoints", "export", "model.onnx", "model.pt2", "model.safetensors", "metrics.jsonl", "config.json"),
+    *(
+        "checkpoints",
+        "export",
+        "evaluation.json",
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+        "metrics.jsonl",
+        "config.json",
+    ),
     "README.md",
     *("run.json", "recipe.yaml"),
 )

@@ -1,5 +1,6 @@
 """Finished runs: found below a folder, read, and measured once beside their teacher."""
 
+import contextlib
 import functools
 import json
 import re
@@ -116,7 +117,8 @@ class Evaluations:
         self._timed.add(run.facts["model"]["name"])
         report = measure(run.path, recipe, split="test", with_teacher=teacher, with_latency=latency, kept=self._kept)
         report = {"format": _FORMAT, "weights_hash": run.facts.get("weights_hash"), **report}
-        write_json(run.path / _FILE, report)
+        with contextlib.suppress(OSError):  # somebody else's folder, or a full disk: measured again next time
+            write_json(run.path / _FILE, report)
         return report
 
     def _read(self, run: FinishedRun) -> dict[str, Any] | None:

@@ -37,7 +37,6 @@ METHODS = {
     "kd": ("--loss", "kd"),
     "cakd": ("--loss", "cakd", "loss.1.beta={type: adaptive, base: 8}", "engine.ema_decay=0.8"),
     "ctkd": ("--loss", "ctkd", "engine.gradient_accumulation=2"),
-    "fitnet": ("--loss", "fitnet"),
     "own batch norms": ("--loss", "kd", "engine.sync_batch_norm=false"),
 }
 
@@ -104,7 +103,7 @@ def lines(folder, count, name):
     return [json.loads(line) for line in (folder / f"{count} {name}" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["kd", "cakd", "ctkd", "fitnet"])
+@pytest.mark.parametrize("name", ["kd", "cakd", "ctkd"])
 def test_two_processes_train_the_same_run(trained, name):
     folder, done = trained
     one, two = (torch.tensor(done[count][0][name]) for count in (1, 2))
@@ -236,32 +235,32 @@ SHARDED = {
 }
 
 
-def test_shares_of_a_network_train_the_same_run(toy_file, toy_teacher, tmp_path):
+@pytest.mark.parametrize("name", ["cakd", pytest.param("ctkd", marks=pytest.mark.slow)])
+def test_shares_of_a_network_train_the_same_run(toy_file, toy_teacher, tmp_path, name):
     """What each process holds of the student, the connectors, the average and the live teacher changes no number."""
     wide = ("distill", *COMMON, "--student", "wrn-16-2", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher)
     jobs = {
-        f"{name} {parallel}": (*wide, *method, f"engine.parallel={parallel}", "--out", tmp_path / f"{name} {parallel}")
-        for name, method in SHARDED.items()
+        parallel: (*wide, *SHARDED[name], f"engine.parallel={parallel}", "--out", tmp_path / parallel)
         for parallel in ("ddp", "fsdp")
     }
     results, said = run_ranks(2, jobs.values(), tmp_path / "jobs")
     assert [result["code"] for result in results] == [0] * len(jobs), said
-    losses = {name: torch.tensor(result["losses"]) for name, result in zip(jobs, results, strict=True)}
-
-    for name in SHARDED:
-        assert (losses[f"{name} ddp"] - losses[f"{name} fsdp"]).abs().max() < 1e-5, name
-        state = load_file(tmp_path / f"{name} ddp" / "model.safetensors")
-        for key, value in load_file(tmp_path / f"{name} fsdp" / "model.safetensors").items():
-            assert torch.allclose(value, state[key], atol=1e-5), (name, key)
+    ddp, fsdp = (torch.tensor(result["losses"]) for result in results)
+    assert (ddp - fsdp).abs().max() < 1e-5
+    state = load_file(tmp_path / "ddp" / "model.safetensors")
+    for key, value in load_file(tmp_path / "fsdp" / "model.safetensors").items():
+        assert torch.allclose(value, state[key], atol=1e-5), key
+    if name == "cakd":
+        return
 
     # Cut over two, then whole in one: a checkpoint knows nothing of shares.
-    resumed = (*wide, *SHARDED["ctkd"], "engine.parallel=fsdp", "--resume", "--out", tmp_path / "resumed")
+    resumed = (*wide, *SHARDED[name], "engine.parallel=fsdp", "--resume", "--out", tmp_path / "resumed")
     stopped, said = run_ranks(2, [resumed], tmp_path / "first", stop_after=4)
     assert stopped[0]["code"] == 75, said
     finished, said = run_ranks(1, [resumed], tmp_path / "second")
     assert finished[0]["code"] == 0, said
     both = torch.tensor(stopped[0]["losses"] + finished[0]["losses"])
-    assert (both - losses["ctkd ddp"]).abs().max() < 1e-4
+    assert (both - ddp).abs().max() < 1e-4
 
 
 def torchrun(*words, count=2, restarts=3):

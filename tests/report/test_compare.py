@@ -87,13 +87,14 @@ def test_runs_that_are_not_alike_are_refused(cakd, runs, toy_file, tmp_path):
     assert "not alike: epochs (1 or 4)" in shown.out
 
 
-def test_a_run_without_a_teacher_has_fewer_figures(cakd, toy_teacher):
-    document = cakd("compare", toy_teacher, "--json").document
+def test_a_run_without_a_teacher_has_fewer_figures(cakd, toy_teacher, tmp_path):
+    shutil.copytree(toy_teacher, tmp_path / "teacher")
+    document = cakd("compare", tmp_path / "teacher", "--json").document
 
     (group,) = document["groups"]
     assert "agreement" not in group["figures"]
     assert document["teacher"] is None
-    assert cakd("compare", toy_teacher).code == 0
+    assert cakd("compare", tmp_path / "teacher").code == 0
 
 
 @pytest.mark.parametrize("form", ["--markdown", "--latex"])
