@@ -19,6 +19,7 @@ from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.state import seed_of_rank, snapshot
 from cakd_cli.engine.stopping import StopRequest, name_of
+from cakd_cli.engine.tracking import Tracker
 from cakd_cli.errors import DivergedError, StoppedError
 from cakd_cli.evaluation import metrics
 from cakd_cli.losses import Weights
@@ -33,8 +34,11 @@ _WORTH_A_LINE_SECONDS = 5.0
 class Trainer:
     """Everything that changes while a run runs."""
 
-    def __init__(self, job: Job, run: RunDirectory, progress: Progress, stop: StopRequest) -> None:
+    def __init__(
+        self, job: Job, run: RunDirectory, progress: Progress, stop: StopRequest, tracker: Tracker | None = None
+    ) -> None:
         self.job, self.run, self.progress, self.stop = job, run, progress, stop
+        self.tracker = tracker or Tracker()
         self.recipe, self.data, self.task, self.source = job.recipe, job.data, job.task, job.source
         self.ranks = job.ranks
         self.parallel = job.ranks.wrap(job.task)
@@ -75,6 +79,7 @@ class Trainer:
             self.epoch, self.step, self.sums = self.epoch + 1, 0, None
             if self.ranks.first:
                 self.run.append_metrics(line)
+                self.tracker.epoch(line)
             self.progress.epoch(line)
             if not limit_said and line["seconds"] > _WORTH_A_LINE_SECONDS:
                 self.progress.note(advice.sentence(line["time"], self.recipe))

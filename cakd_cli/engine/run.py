@@ -17,6 +17,7 @@ from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.engine.stopping import StopRequest
+from cakd_cli.engine.tracking import tracked
 from cakd_cli.errors import CakdError, DeviceFullError, InputError, RecipeError, first_line
 from cakd_cli.evaluation import metrics
 from cakd_cli.evaluation.teacher_check import check_teacher
@@ -105,8 +106,10 @@ def _attempt(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]
         with contextlib.closing(job):
             ranks.by_first(lambda: _enter(directory, job.recipe, overwrite=start.overwrite))
             stop = StopRequest(start.grace, directory.checkpoints.exist)
-            with stop.listening(), _torch_errors(job.recipe):
-                return _train(Trainer(job, directory, progress, stop), begun.checkpoint, facts)
+            kind = job.recipe.engine.tracking if ranks.first else "off"
+            tracking = tracked(kind, job.recipe, start.out, progress.warn)
+            with stop.listening(), _torch_errors(job.recipe), tracking as tracker:
+                return _train(Trainer(job, directory, progress, stop, tracker), begun.checkpoint, facts)
     finally:
         directory.close()
 
@@ -218,7 +221,9 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any
                 trainer.fit()
             finally:
                 progress.end()
-            return _finish(trainer, facts)
+            facts = _finish(trainer, facts)
+            trainer.tracker.end(facts["metrics"])
+            return facts
     except BaseException as error:
         # The first error is the one to report, also where the disk is too full to note it.
         if trainer.ranks.first:

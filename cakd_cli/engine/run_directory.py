@@ -33,6 +33,7 @@ _FREE_KEYS = (
         "engine.log_interval",
         "engine.checkpoint_seconds",
         "engine.parallel",
+        "engine.tracking",
         "data.workers",
         "data.root",
     ),
@@ -42,6 +43,7 @@ _FREE_KEYS = (
 )
 # In the order in which a run is removed, its exports included: what marks the folder as a run goes last.
 _OWN_NAMES = (
+    *("tensorboard", "wandb"),
     *(
         "checkpoints",
         "export",

@@ -114,6 +114,9 @@ class EngineOptions(Options):
     )
     evaluation_batch_size: int = Field(256, ge=1, le=1_000_000, description="images at a time when nothing is learnt")
     log_interval: int = Field(50, ge=1, description="steps between two looks at the loss; each waits for the device")
+    tracking: Literal["off", "tensorboard", "wandb", "trackio"] = Field(
+        "off", description="where an epoch's figures go beside metrics.jsonl"
+    )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints")
 
 
