@@ -7,6 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.table import Table
+from rich.text import Text
 
 from cakd_cli.console import Console
 from cakd_cli.errors import InputError
@@ -77,6 +78,6 @@ def _show(stdout: RichConsole, rows: Sequence[dict[str, Any]], root: Path) -> No
         state = "" if row["state"] == "completed" else f" ({row['state']})"
         name = str(Path(row["run"]).relative_to(root)) + state
         table.add_row(
-            name, row.get("model", "?"), row.get("loss", "?"), f"{row['epochs']}/{row.get('of', '?')}", *figures
+            Text(name), row.get("model", "?"), row.get("loss", "?"), f"{row['epochs']}/{row.get('of', '?')}", *figures
         )
     stdout.print(table)

@@ -15,8 +15,8 @@ def run(paths: list[str], *, out: str, against: str | None, different: bool, ove
     if not out:
         raise UsageError("--out is empty")
     path = Path(out).expanduser()
-    if path.is_dir():
-        raise InputError(f"{path} is a folder", hint="--out is a file: --out report.html")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file", hint="--out report.html")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists", hint="--overwrite replaces it")
     runs = runs_in(paths)

@@ -10,16 +10,18 @@ from typing import Any
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cakd_cli.commands.compare import comparison_of
 from cakd_cli.console import Console, duration
 from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.errors import CakdError, CheckFailedError, ExitCode, InputError, StoppedError, UsageError
 from cakd_cli.files import read_json, write_json
+from cakd_cli.recipe.resolve import names_recipe
 from cakd_cli.report import finished, writing
 from cakd_cli.sweep import here, on_ray, slurm
 from cakd_cli.sweep.here import Outcome
-from cakd_cli.sweep.plan import Unit, make_plan, split
+from cakd_cli.sweep.plan import MOST_RUNS, Unit, make_plan, split
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def run(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Cons
     console.note(f"{len(units)} runs in {out}{f', {done} of them finished before' if done else ''}")
     if wish.where == "slurm" and left:
         said = slurm.submit(left, out, jobs=wish.jobs)
+        known = _records(out) | {unit.name: {"words": list(unit.words)} for unit in left}
+        write_json(out / "sweep.json", {"runs": known})
         console.result({"out": str(out), **said}, lambda stdout: stdout.print(said["said"], markup=False))
         return
     board = _Board(units, left, out, console)
@@ -68,8 +72,11 @@ def run(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Cons
     with board:
         stopped = start(left, out, jobs=jobs, started=board.begin, ended=board.end) if left else 0
     if stopped:
-        raise StoppedError("the sweep was stopped; its runs are saved", hint="the same command goes on with it")
-    _conclude(units, out, board.failed, console)
+        raise StoppedError(
+            "the sweep was stopped; what its runs had saved is kept", hint="the same command goes on with it"
+        )
+    varied = any(len(split(word.partition("=")[2])) > 1 for word in words if not names_recipe(word))
+    _conclude(units, out, board.failed, varied=varied, console=console)
 
 
 def _seeds(text: str) -> list[int]:
@@ -77,6 +84,8 @@ def _seeds(text: str) -> list[int]:
     parts = split(text)
     if not all(part.isdecimal() and int(part) < 2**32 for part in parts) or parts == ["0"]:
         raise UsageError(f"--seeds {text}: not a number of seeds", hint="--seeds 6 is 0 to 5; --seeds 3,7 is these two")
+    if len(parts) == 1 and int(parts[0]) > MOST_RUNS:
+        raise UsageError(f"--seeds {text}: so many seeds", hint=f"one seed of this number is --seeds {text},0")
     return list(range(int(parts[0]))) if len(parts) == 1 else [int(part) for part in parts]
 
 
@@ -157,7 +166,7 @@ class _Board:
         return (time.monotonic() - self._began) / self._done * (self._left - self._done)
 
     def _note_figure(self, unit: Unit) -> None:
-        figures = RunDirectory(self._out / unit.name).facts().get("metrics", {}).get("test", {})
+        figures = finished.figures_of(RunDirectory(self._out / unit.name).facts(), "test")
         self._figures.setdefault(unit.group, {})[unit.seed] = figures.get("map", figures.get("top1", math.nan))
 
     def _figure(self, unit: Unit) -> str:
@@ -172,11 +181,11 @@ class _Board:
             found = list(self._figures.get(group, {}).values())
             now = [f"seed {unit.seed}" for unit in members if unit.name in self._running]
             mean = f"{100 * fmean(found):.2f}" if found else ""
-            table.add_row(group, f"{len(found)}/{len(members)}", mean, ", ".join(now))
+            table.add_row(Text(group), f"{len(found)}/{len(members)}", mean, ", ".join(now))
         return table
 
 
-def _conclude(units: Sequence[Unit], out: Path, failed: Sequence[Outcome], console: Console) -> None:
+def _conclude(units: Sequence[Unit], out: Path, failed: Sequence[Outcome], *, varied: bool, console: Console) -> None:
     """Show the comparison of what is finished, then fail if anything is not."""
     paths = [str(out / unit.name) for unit in units if finished.state_of(out / unit.name) == "completed"]
     document: dict[str, Any] = {
@@ -186,7 +195,7 @@ def _conclude(units: Sequence[Unit], out: Path, failed: Sequence[Outcome], conso
     }
     if paths:
         try:
-            document["comparison"] = comparison_of(paths)
+            document["comparison"] = comparison_of(paths, different=varied)
         except CakdError as error:
             if not failed:
                 raise

@@ -99,7 +99,7 @@ class Optimizer:
             bad = ~(loss.detach().isfinite() & norm.isfinite())
         else:
             # A gradient that overflows is why the scale gets smaller, and is an error only where that does not help.
-            overflown = self._scale.unscale(gradients)
+            overflown = self._scale.unscale(gradients, self._ranks)
             bad = ~loss.detach().isfinite() | (self._scale.factor < _LEAST_SCALE)
         bad = self._ranks.largest(bad.float())
         self.first_bad_step.copy_(torch.where(bad > self.raised, float(number), self.first_bad_step))
@@ -183,14 +183,15 @@ class LossScale:
         self.factor = torch.full((), 2.0**16, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def unscale(self, gradients: list[Tensor]) -> Tensor:
+    def unscale(self, gradients: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
         """Divide gradients by the factor, then adapt it.
 
         Returns:
-            1 if one of them is not finite, and the step must be left out; else 0.
+            1 if one of them is not finite on any process, and the step must be left out; else 0.
         """
         overflown = torch.zeros((), device=self.factor.device)
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflown, self.factor.reciprocal())
+        overflown = ranks.largest(overflown)  # each may have looked at its own shares alone
         torch._amp_update_scale_(self.factor, self.good_steps, overflown, 2.0, 0.5, 2000)
         return overflown
 

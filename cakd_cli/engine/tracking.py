@@ -1,13 +1,14 @@
 """A run's figures in TensorBoard, Weights & Biases or trackio, beside metrics.jsonl; none of them by default."""
 
 import contextlib
+import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cakd_cli.engine.run_directory import RunDirectory
 from cakd_cli.errors import RecipeError, first_line
 from cakd_cli.recipe.schema import Recipe
 
@@ -76,7 +77,10 @@ def tracked(kind: str, recipe: Recipe, path: Path, warn: Callable[[str], None]) 
         try:
             yield Tracker(sink, warn)
         finally:
-            close()
+            try:
+                close()
+            except Exception as error:  # whatever another library fails with
+                warn(f"{kind} could not be closed: {first_line(error)}")
 
 
 def _begin(kind: str, recipe: Recipe, path: Path) -> tuple[Sink, Callable[[], None]]:
@@ -94,23 +98,31 @@ def _begin(kind: str, recipe: Recipe, path: Path) -> tuple[Sink, Callable[[], No
 def _tensorboard(kind: str, recipe: Recipe, path: Path) -> tuple[Sink, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
-    begun = RunDirectory(path).metrics()
-    # What a killed start has written beyond its last checkpoint is left out.
-    writer = SummaryWriter(str(path / "tensorboard"), purge_step=begun[-1]["step"] + 1 if begun else 0)
+    writers: list[SummaryWriter] = []
 
     def sink(numbers: dict[str, float], step: int) -> None:
+        if not writers:
+            # What a killed start has written of this step and later ones is left out.
+            writers.append(SummaryWriter(str(path / "tensorboard"), purge_step=step))
+        (writer,) = writers
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return sink, writer.close
+    def close() -> None:
+        for writer in writers:
+            writer.close()
+
+    return sink, close
 
 
 def _hosted(kind: str, recipe: Recipe, path: Path) -> tuple[Sink, Callable[[], None]]:
     """Weights & Biases, and trackio, which is called in the same way; both read their own environment variables."""
     library = importlib.import_module(kind)
     config = recipe.model_dump(mode="json")
-    name = path.resolve().name
+    # The same run when it goes on, and another one for a folder of the same name elsewhere.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"{re.sub('[^A-Za-z0-9._-]+', '-', path.resolve().name)}-{place}"
     own = {"id": name, "dir": str(path)} if kind == "wandb" else {}
     library.init(project="cakd", name=name, config=config, resume="allow", **own)
     return lambda numbers, step: library.log(numbers, step=step), library.finish

@@ -42,13 +42,18 @@ def compare(
     groups = _grouped(runs)
     base = _baseline(groups, against)
     documents = {name: _group(name, members, evaluations) for name, members in groups.items()}
-    headline = "map" if "map" in documents[base]["figures"] else "top1"
+    several = [name for name, document in documents.items() if "map" in document["figures"]]
+    if several and len(several) < len(documents):
+        raise RecipeError(f"images of {several[0]} have several labels, those of others one: no figure is of both")
+    headline = "map" if several else "top1"
     values = {
         name: {run.seed: evaluations.of(run)["quality"][headline] for run in members}
         for name, members in groups.items()
     }
     _add_differences(documents, values, base)
-    teacher = next((e["teacher"] for e in map(evaluations.of, runs) if "teacher" in e), None)
+    teachers = [report["teacher"] for report in map(evaluations.of, runs) if "teacher" in report]
+    alike = len({(teacher["name"], teacher["quality"][headline]) for teacher in teachers}) == 1
+    teacher = teachers[0] if alike else None
     first = evaluations.of(runs[0])
     return {
         "data": first["data"],
@@ -58,7 +63,7 @@ def compare(
         "comparisons": len(groups) - 1,
         "groups": sorted(documents.values(), key=lambda group: -group["figures"][headline]["mean"]),
         "teacher": teacher and {key: teacher[key] for key in ("name", "quality", "cost")},
-        "networks": _two_networks(runs, evaluations),
+        "networks": None if "test images" in differs or "data" in differs else _two_networks(runs, evaluations),
         "different": differs,
         "classes": len(first["per_class"]),
     }
@@ -121,7 +126,8 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 def _curve(members: Sequence[FinishedRun]) -> list[float]:
     """Held-out top-1 after each epoch, mean over the runs that have it."""
-    curves = [[line["validation"]["top1"] for line in run.curve if "validation" in line] for run in members]
+    lines = [[line.get("validation", {}) for line in run.curve] for run in members]
+    curves = [[figures["top1"] for figures in of_run if "top1" in figures] for of_run in lines]
     return [fmean(values) for values in zip(*curves, strict=False)]
 
 
@@ -137,7 +143,7 @@ def _add_differences(
     corrected = dict(zip(others, statistics.holm([raw[name] for name in others]), strict=True))
     for name in others:
         found = pairs[name]
-        low, high = statistics.bca_interval(found) if len(found) > 1 else (None, None)
+        low, high = statistics.bca_interval(found) if len(found) >= statistics.LEAST_FOR_INTERVAL else (None, None)
         documents[name]["difference"] = {
             "pairs": len(found),
             "mean": fmean(found) if found else None,
@@ -168,13 +174,13 @@ def significance_note(document: Mapping[str, Any]) -> str:
     if not comparisons:
         return ""
     needed = statistics.pairs_needed(comparisons)
-    fewest = min(group["difference"]["pairs"] for group in document["groups"] if "difference" in group)
-    if fewest >= needed:
+    most = max(group["difference"]["pairs"] for group in document["groups"] if "difference" in group)
+    if most >= needed:
         return ""
-    least = min(1.0, comparisons * statistics.least_p(fewest))
+    least = min(1.0, comparisons * statistics.least_p(most))
     return (
-        f"with {fewest} seed{'s' * (fewest != 1)} and {comparisons} comparison{'s' * (comparisons != 1)} p cannot be "
-        f"below {least:.2g}, so nothing can be significant: {needed} seeds are needed"
+        f"with {most} seed{'s' * (most != 1)} in common and {comparisons} comparison{'s' * (comparisons != 1)} p "
+        f"cannot be below {least:.2g}, so nothing can be significant: {needed} seeds are needed"
     )
 
 

@@ -26,6 +26,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # names are anybody's
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -83,7 +84,7 @@ def _svg(figure: Figure, name: str, title: str, says: str) -> str:
     described = (
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-says">{html.escape(says)}</desc>'
     )
-    return re.sub(r"<svg([^>]*)>", rf"<svg\1 {labels}>{described}", text, count=1)
+    return re.sub(r"<svg([^>]*)>", lambda found: f"<svg{found[1]} {labels}>{described}", text, count=1)
 
 
 def learning_curves(curves: Mapping[str, Sequence[float]]) -> Drawn | None:
@@ -93,7 +94,7 @@ def learning_curves(curves: Mapping[str, Sequence[float]]) -> Drawn | None:
         return None
     with _axes() as (figure, axes):
         for i, (name, values) in enumerate(shown.items()):
-            axes.plot(range(1, len(values) + 1), values, label=name, **_line(i, len(values)))
+            axes.plot(range(1, len(values) + 1), values, label=_short(name), **_line(i, len(values)))
         axes.set_xlabel("epoch")
         axes.set_ylabel("held-out top-1")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -116,7 +117,7 @@ def loss_parts(parts: Mapping[str, Sequence[float]], method: str) -> Drawn | Non
         return None
     with _axes() as (figure, axes):
         for i, (name, values) in enumerate(shown.items()):
-            axes.plot(range(1, len(values) + 1), values, label=name, **_line(i, len(values)))
+            axes.plot(range(1, len(values) + 1), values, label=_short(name), **_line(i, len(values)))
         axes.set_xlabel("epoch")
         axes.set_ylabel("nats" if all(min(values) >= 0 for values in shown.values()) else "")
         if all(min(values) > 0 for values in shown.values()):
@@ -154,7 +155,7 @@ def reliability(bins: Mapping[str, Sequence[tuple[float, float, float]]]) -> Dra
     with _axes(5.2, 4.0) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=_INK, alpha=0.4, linewidth=1, label="as sure as right")
         for i, (name, found) in enumerate(bins.items()):
-            axes.plot([b[0] for b in found], [b[1] for b in found], label=name, **_line(i, 1))
+            axes.plot([b[0] for b in found], [b[1] for b in found], label=_short(name), **_line(i, 1))
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share that is right")
         axes.legend(loc="upper left")
         title = "Reliability"
@@ -172,7 +173,7 @@ def reliability(bins: Mapping[str, Sequence[tuple[float, float, float]]]) -> Dra
         return Drawn(title, _svg(figure, "reliability", title, says), says, headings, rows)
 
 
-def cost(points: Mapping[str, tuple[float, float]], unit: str, name: str) -> Drawn:
+def cost(points: Mapping[str, tuple[float, float]], unit: str, name: str, figure_name: str) -> Drawn:
     """Accuracy against what an image costs, by network; ``points`` are (cost, accuracy)."""
     with _axes(6.6, 3.2) as (figure, axes):
         for i, (network, (price, accuracy)) in enumerate(points.items()):
@@ -181,13 +182,13 @@ def cost(points: Mapping[str, tuple[float, float]], unit: str, name: str) -> Dra
                 "marker": MARKS[i % len(MARKS)],
                 "linestyle": "none",
             }
-            axes.plot([price], [accuracy], label=network, markersize=8, **mark)
+            axes.plot([price], [accuracy], label=_short(network), markersize=8, **mark)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlabel(f"{unit} an image")
-        axes.set_ylabel("test top-1")
+        axes.set_ylabel(f"test {figure_name}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.margins(0.15)
         figure.legend(loc="outside right upper")
@@ -197,7 +198,7 @@ def cost(points: Mapping[str, tuple[float, float]], unit: str, name: str) -> Dra
             for network, (price, accuracy) in points.items()
         )
         rows = [[network, f"{price:.4g}", f"{100 * accuracy:.2f}"] for network, (price, accuracy) in points.items()]
-        return Drawn(title, _svg(figure, name, title, says), says, ["network", unit, "test top-1 %"], rows)
+        return Drawn(title, _svg(figure, name, title, says), says, ["network", unit, f"test {figure_name} %"], rows)
 
 
 def left_to_learn(values: Mapping[str, Mapping[str, float]]) -> Drawn:
@@ -209,7 +210,7 @@ def left_to_learn(values: Mapping[str, Mapping[str, float]]) -> Drawn:
             numbers = [values[name][kind] for name in names]
             hatch: dict[str, Any] = {"hatch": ("", "///", "...")[i], "edgecolor": _INK, "linewidth": 0.5}
             axes.barh(places, numbers, height=0.24, label=kind.upper(), color=COLOURS[i], **hatch)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [_short(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel("nats at temperature 4")
         figure.legend(loc="outside right upper")
@@ -244,8 +245,9 @@ def class_gaps(gaps: Sequence[tuple[str, float, float]]) -> Drawn:
 
 
 def _short(name: str, most: int = 24) -> str:
-    # A name of somebody else's may hold what matplotlib reads as mathematics.
-    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+    """Cut a long name; one that begins with _ would be left out of a legend."""
+    name = name if len(name) <= most else name[: most - 1] + "…"
+    return f" {name}" if name.startswith("_") else name
 
 
 def correlation(difference: Any, names: Sequence[str], largest: Sequence[tuple[str, str, float, float]]) -> Drawn:

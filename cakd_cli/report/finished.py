@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,15 @@ class FinishedRun:
 
     @functools.cached_property
     def curve(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one an epoch."""
-        return RunDirectory(self.path).metrics()
+        """The lines of metrics.jsonl, one an epoch, as far as they are whole."""
+        lines = []
+        for line in RunDirectory(self.path).metrics():
+            parts = {part: figures_of(line, part) for part in ("train", "validation") if part in line}
+            if not parts.get("train") or len(parts["train"]) != len(line["train"]):
+                break
+            others = {key: value for key, value in line.items() if key != "validation"}
+            lines.append(others | {part: figures for part, figures in parts.items() if figures})
+        return lines
 
     @property
     def is_alone(self) -> bool:
@@ -73,6 +80,20 @@ def state_of(path: Path) -> str:
     return str(ended) if ended != "completed" or whole else "incomplete"
 
 
+def figures_of(facts: Mapping[str, Any], part: str) -> dict[str, float]:
+    """Pick a part's figures of what somebody may have edited: numbers by name, whatever else is there."""
+    holder = facts.get("metrics", facts)
+    found = holder.get(part) if isinstance(holder, dict) else None
+    return (
+        {key: value for key, value in found.items() if type(value) in (int, float)} if isinstance(found, dict) else {}
+    )
+
+
+def _mapping(facts: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = facts.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def read(path: Path) -> FinishedRun:
     """Read a finished run.
 
@@ -81,13 +102,12 @@ def read(path: Path) -> FinishedRun:
     """
     read_config(path)
     facts, recipe = RunDirectory(path).facts(), read_recipe(path)
-    try:
-        figures = facts["metrics"]["test"]
-        if not all(isinstance(value, int | float) for value in (*figures.values(), facts["model"]["parameters"])):
-            raise ValueError("figures that are no numbers")
-        str(facts["data"]["name"] + facts["model"]["name"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path / 'run.json'}: damaged, or of a run that is not finished: {error}") from error
+    facts |= {key: _mapping(facts, key) for key in ("data", "model", "teacher", "versions", "hardware", "chosen")}
+    facts["data"]["fingerprints"] = _mapping(facts["data"], "fingerprints")
+    facts["metrics"] = {part: figures_of(facts, part) for part in ("test", "validation")}
+    names = (facts["data"].get("name"), facts["model"].get("name"))
+    if "top1" not in facts["metrics"]["test"] or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path / 'run.json'}: damaged, or of a run that is not finished")
     name = re.sub(r"[-_]?seed\d+$", "", path.resolve().name)
     return FinishedRun(path, name or "run", recipe.seed, recipe, facts)
 
@@ -115,7 +135,14 @@ class Evaluations:
         # Networks of one kind are equally fast.
         latency = run.facts["model"]["name"] not in self._timed
         self._timed.add(run.facts["model"]["name"])
-        report = measure(run.path, recipe, split="test", with_teacher=teacher, with_latency=latency, kept=self._kept)
+        try:
+            report = measure(
+                run.path, recipe, split="test", with_teacher=teacher, with_latency=latency, kept=self._kept
+            )
+        except InputError as error:
+            # A path in a recipe counts from where the training was started.
+            hint = error.hint or "paths in its recipe count from the folder in which it was trained: go there"
+            raise InputError(f"{run.path}: {error.message}", hint=hint) from error
         report = {"format": _FORMAT, "weights_hash": run.facts.get("weights_hash"), **report}
         with contextlib.suppress(OSError):  # somebody else's folder, or a full disk: measured again next time
             write_json(run.path / _FILE, report)
@@ -125,9 +152,23 @@ class Evaluations:
         try:
             known = read_json(run.path / _FILE)
             same = known["weights_hash"] == run.facts["weights_hash"] and known["format"] == _FORMAT
-            return known if same and isinstance(known["quality"]["top1"], float) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return known if same and _is_whole(known) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _is_whole(known: dict[str, Any]) -> bool:
+    """Whether an evaluation that somebody may have edited has all that is used of it; may raise what that raises."""
+    int(known["right"], 16)
+    parts = [known["quality"]["top1"], *known["quality"].values(), known["samples"], len(known["per_class"])]
+    parts += [known["cost"][key] for key in ("parameters", "flops_per_image")]
+    parts += [timing["median_ms"] for timing in known["cost"].get("latency", ())]
+    if "teacher" in known:
+        teacher = known["teacher"]
+        parts += [*teacher["quality"].values(), *teacher["fidelity"].values()]
+        parts += [teacher["cost"][key] for key in ("parameters", "flops_per_image")]
+        str.partition(teacher["name"], " ")
+    return isinstance(known["data"], str) and all(type(part) in (int, float) for part in parts)
 
 
 def differing(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
@@ -139,7 +180,7 @@ def differing(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
         "held-out share": lambda run: run.recipe.data.validation_fraction,
         "split": lambda run: run.recipe.data.split_seed,
         "student": lambda run: run.facts["model"]["name"],
-        "teacher": lambda run: (run.facts.get("teacher") or {}).get("weights_hash"),
+        "teacher": lambda run: run.facts["teacher"].get("weights_hash"),
         "epochs": lambda run: run.recipe.engine.epochs,
         "batch size": lambda run: run.recipe.engine.batch_size,
         "optimizer": lambda run: json.dumps(run.recipe.optimizer.model_dump(mode="json")),
@@ -171,10 +212,9 @@ def summary(path: Path) -> dict[str, Any]:
         row["loss"] = " + ".join([name for name in terms if name != "cross-entropy"] or terms)
     except CakdError as error:
         row["error"] = error.message
-    figures = facts.get("metrics") if isinstance(facts.get("metrics"), dict) else {}
     for split in ("validation", "test"):
-        figure = (figures or {}).get(split)
-        row[split] = figure.get("top1") if isinstance(figure, dict) else None
-    if row["validation"] is None and curve:
-        row["validation"] = max((line.get("validation", {}).get("top1", 0.0) for line in curve), default=None)
+        row[split] = figures_of(facts, split).get("top1")
+    if row["validation"] is None:
+        held_out = [figures_of(line, "validation") for line in curve]
+        row["validation"] = max((figures["top1"] for figures in held_out if "top1" in figures), default=None)
     return row

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -89,8 +90,8 @@ def summary(document: Mapping[str, Any]) -> list[str]:
         begins = {"better": "Distilling was worth it", "worse": "Distilling did harm"}.get(said, "Not decided")
         lines = [
             f"{begins}: {best['name']} reaches {name} {reached}, the student alone {base}, "
-            f"a difference of {100 * found['mean']:+.2f} points{interval} over {found['pairs']} "
-            f"seed{'s' * (found['pairs'] != 1)}."
+            f"a difference of {100 * found['mean']:+.2f} points{interval} over the {found['pairs']} "
+            f"seed{'s' * (found['pairs'] != 1)} that both have."
             + ("" if said in ("better", "worse") else f" That may be chance{f': {why}' if why else ''}.")
         ]
     teacher = document["teacher"]
@@ -137,13 +138,15 @@ def _course(document: Mapping[str, Any], runs: Sequence[FinishedRun], best: Fini
 
     curves = {writing.label(group): group["curve"] for group in document["groups"]}
     members = [run.curve for run in runs if run.group == best.group]
-    names = [name for name in (members[0][0]["train"] if members[0] else {}) if name not in ("loss", "top1")]
+    found = [set(line["train"]) for curve in members for line in curve]
+    names = [name for name in (members[0][0]["train"] if members[0] else {}) if all(name in parts for parts in found)]
+    names = [name for name in names if name not in ("loss", "top1")]
     parts = {
         name: [fmean(line["train"][name] for line in lines) for lines in zip(*members, strict=False)] for name in names
     }
     drawn = [figures.learning_curves(curves), figures.loss_parts(parts, best.group)]
-    found = [figure for figure in drawn if figure is not None]
-    return _section("training", "Training", figures=found) if found else None
+    shown = [figure for figure in drawn if figure is not None]
+    return _section("training", "Training", figures=shown) if shown else None
 
 
 def _price(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def _price(document: Mapping[str, Any]) -> dict[str, Any]:
     }
     if teacher:
         points["teacher"] = (teacher["cost"]["flops_per_image"], teacher["quality"][key])
-    drawn = [figures.cost(points, "FLOP", "flops")]
+    drawn = [figures.cost(points, "FLOP", "flops", headline_name(key))]
     timed = {group["model"]: group["latency_ms"] for group in document["groups"] if group["latency_ms"]}
     if len(timed) > 1:
         times = {
@@ -163,7 +166,7 @@ def _price(document: Mapping[str, Any]) -> dict[str, Any]:
             for group in document["groups"]
             if group["model"] in timed
         }
-        drawn.append(figures.cost(times, "milliseconds", "latency"))
+        drawn.append(figures.cost(times, "milliseconds", "latency", headline_name(key)))
     fidelity = {
         writing.label(group): {kind: group["figures"][kind]["mean"] for kind in ("bcd", "scd", "wcd")}
         for group in document["groups"]
@@ -258,9 +261,9 @@ def _correlations(best: FinishedRun, looked: Inspected) -> dict[str, Any]:
     names = looked.data.class_names
     ours, theirs = (mistakes.class_correlation(answers) for answers in (looked.student_NC, looked.teacher_NC))
     difference = ours - theirs
-    upper = difference.abs().triu(1)
-    order = upper.flatten().argsort(descending=True)[:10].tolist()
-    pairs = [divmod(place, len(names)) for place in order]
+    first, second = torch.triu_indices(len(names), len(names), 1)
+    order = difference[first, second].abs().argsort(descending=True)[:10]
+    pairs = list(zip(first[order].tolist(), second[order].tolist(), strict=True))
     largest = [(names[i], names[j], ours[i, j].item(), theirs[i, j].item()) for i, j in pairs]
     words = f"How alike the logits of two classes are over all test images, to {best.path.name} and to its teacher."
     drawn = figures.correlation(difference.numpy(), names, largest)

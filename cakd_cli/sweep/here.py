@@ -55,7 +55,9 @@ class Processes:
         numbers = [
             getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
         ]
-        before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        # One that is ignored, as nohup does, stays so.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in heard}
         try:
             yield
         finally:
@@ -84,6 +86,10 @@ class Processes:
                 process.send_signal(signal.SIGTERM)
             try:
                 return process.wait()
+            except BaseException:  # as a cluster interrupts a task
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                raise
             finally:
                 with self._lock:
                     self._running.discard(process)
@@ -137,6 +143,7 @@ def run_all(
     Returns:
         The number of the signal that stopped the sweep; 0 if all runs have been tried.
     """
+    jobs = min(jobs, max(1, len(units)))
     places: queue.SimpleQueue[str] = queue.SimpleQueue()
     found = devices() or [""]
     for i in range(jobs):

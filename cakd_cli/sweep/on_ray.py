@@ -15,6 +15,8 @@ from cakd_cli.sweep.plan import Unit
 
 # How often a run is started again whose machine is gone.
 _RETRIES = 20
+# How long a run that is asked to stop may take to save itself.
+_PATIENCE_SECONDS = 60.0
 
 
 def run_all(
@@ -65,6 +67,8 @@ def _run_all(
                 ended(_outcome(ray, reference, waiting.pop(reference)))
         for reference in waiting:
             ray.cancel(reference)
+        if waiting:  # until their processes have saved and ended
+            ray.wait(list(waiting), num_returns=len(waiting), timeout=_PATIENCE_SECONDS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ from cakd_cli.recipe.resolve import names_recipe, resolve
 # The student without a teacher, which every sweep has.
 ALONE = "cross-entropy"
 # More are a mistake in a list, or a project for somebody's cluster.
-_MOST_RUNS = 10_000
+MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ def make_plan(
     groups: dict[str, tuple[str, ...]] = {}
     for loss in dict.fromkeys([ALONE, *losses]):
         # What a teacher's terms are set to says nothing of a student without one.
-        varied = [axis for axis in axes if loss != ALONE or not axis[0].startswith("loss.")]
+        varied = [axis for axis in axes if loss != ALONE or not axis[0].startswith(("loss.", "teacher"))]
         kept = [word for word in fixed if loss != ALONE or not word.startswith("loss.")]
         for settings in itertools.product(*([f"{key}={value}" for value in values] for key, values in varied)):
             name = re.sub(r"[^\w.=+-]+", "_", "-".join([loss, *settings]))
+            if name in groups:
+                raise UsageError(f"two settings would share the folder {name}", hint="make two sweeps of them")
             groups[name] = (*kept, *settings, *given, "--loss", loss)
-    if len(groups) * len(seeds) > _MOST_RUNS:
-        raise UsageError(f"{len(groups) * len(seeds):,} runs are more than {_MOST_RUNS:,}")
+    if len(groups) * len(seeds) > MOST_RUNS:
+        raise UsageError(f"{len(groups) * len(seeds):,} runs are more than {MOST_RUNS:,}")
     for name, of_group in groups.items():
         _check(name, of_group)
     return [
@@ -90,6 +92,8 @@ def _axes(words: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]
         values = [text] if names_recipe(word) else split(text)
         if len(values) == 1:
             fixed.append(word)
+        elif key in ("loss", "seed"):
+            raise UsageError(f"{word}: a sweep has its own lists of these", hint="--loss kd,dkd and --seeds 3,7")
         elif len(set(values)) < len(values) or "" in values:
             raise UsageError(f"{word}: names a setting twice, or an empty one")
         else:

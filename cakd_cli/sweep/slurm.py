@@ -17,7 +17,7 @@ _SCRIPT = """\
 # A run of a sweep by cakd each; the sweep's command writes this file again for what is left.
 # sbatch reads what a cluster wants from its environment: SBATCH_TIMELIMIT, SBATCH_PARTITION, SBATCH_GPUS, ...
 #SBATCH --job-name=cakd-sweep --array={array}
-#SBATCH --output={logs}/slurm-%A-%a.txt --open-mode=append
+#SBATCH --chdir="{here}" --output="{logs}/slurm-%A-%a.txt" --open-mode=append
 #SBATCH --signal=USR1@120 --requeue
 case "$SLURM_ARRAY_TASK_ID" in
 {cases}
@@ -38,7 +38,8 @@ def script(units: Sequence[Unit], out: Path, *, jobs: int | None) -> str:
         for number, unit in enumerate(units)
     )
     array = f"0-{len(units) - 1}" + (f"%{jobs}" if jobs else "")
-    return _SCRIPT.format(array=array, logs=out / "logs", cases=cases)
+    logs = str(out / "logs").replace("%", "%%")
+    return _SCRIPT.format(array=array, here=Path.cwd(), logs=logs, cases=cases)
 
 
 def submit(units: Sequence[Unit], out: Path, *, jobs: int | None) -> dict[str, Any]:

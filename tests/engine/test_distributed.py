@@ -17,6 +17,7 @@ from torch import nn
 
 from cakd_cli.data import Share
 from cakd_cli.engine import distributed
+from cakd_cli.engine.optimizer import LossScale
 from cakd_cli.errors import HardwareError, RecipeError
 from tests.engine.test_resume import wait_for
 
@@ -324,3 +325,14 @@ def test_processes_that_see_different_things_are_refused(monkeypatch):
     ranks.check_alike(images={"train": "a"})
     with pytest.raises(HardwareError, match="differ in precision: bf16, fp16"):
         ranks.check_alike(images={"train": "a"}, precision="bf16")
+
+
+def test_a_gradient_that_overflows_on_one_process_is_left_out_by_all(monkeypatch):
+    """Each may look at its own share of the gradients alone."""
+    ranks = distributed.Ranks(0, 2)
+    monkeypatch.setattr(distributed.Ranks, "largest", lambda self, tensor: torch.ones_like(tensor))
+    scale = LossScale(torch.device("cpu"))
+    before = scale.factor.clone()
+
+    assert scale.unscale([torch.ones(3)], ranks) == 1
+    assert scale.factor == before / 2

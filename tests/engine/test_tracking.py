@@ -39,7 +39,7 @@ def test_every_epoch_and_the_end_are_passed_on(toy_file, tmp_path, monkeypatch, 
     run = train_toy(toy_file, tmp_path / "run", *SHORT, f"engine.tracking={kind}", **{"engine.epochs": 2})
 
     (begun,) = service.begun
-    assert (begun["project"], begun["name"], begun["resume"]) == ("cakd", "run", "allow")
+    assert (begun["project"], begun["name"][:4], begun["resume"]) == ("cakd", "run-", "allow")
     assert begun["config"]["model"]["type"] == "resnet8"
     lines = RunDirectory(run).metrics()
     assert [step for step, _ in service.logged] == [*(line["step"] for line in lines), lines[-1]["step"]]

@@ -40,7 +40,7 @@ def test_what_is_compared(cakd, runs):
         assert {"agreement", "kl", "bcd", "scd", "wcd", "ece", "nll"} <= group["figures"].keys()
     gains = [ours - theirs for ours, theirs in zip(top1["kd"], top1["cross-entropy"], strict=True)]
     assert groups["kd"]["difference"]["mean"] == pytest.approx(sum(gains) / 2)
-    assert groups["kd"]["difference"]["verdict"] == "inconclusive: 6 seeds are needed"
+    assert groups["kd"]["difference"]["verdict"] == "inconclusive: 6 seeds in common are needed"
     means = [group["figures"]["top1"]["mean"] for group in document["groups"]]
     assert means == sorted(means, reverse=True)
 
@@ -161,3 +161,90 @@ def test_runs_are_listed_best_first(cakd, runs, tmp_path):
     assert cakd("runs", tmp_path / "nowhere").code == 4
     (tmp_path / "empty").mkdir()
     assert "no run in" in cakd("runs", tmp_path / "empty").out
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cost", None),
+        ("right", "zz"),
+        ("per_class", None),
+        ("teacher", []),
+        ("quality", {"top1": 0.5, "ece": "x"}),
+        ("data", 3),
+    ],
+)
+def test_a_damaged_evaluation_is_measured_again(cakd, copied, key, value):
+    before = cakd("compare", copied, "--json").document
+    kept = read_json(copied / "kd-seed0" / "evaluation.json")
+    write_json(copied / "kd-seed0" / "evaluation.json", kept | {key: value})
+
+    after = cakd("compare", copied, "--json").document
+
+    for document in (before, after):
+        for group in document["groups"]:
+            del group["latency_ms"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("file", "edit"),
+    [
+        ("run.json", {"metrics": {"test": {"top1": 0.5}, "validation": []}}),
+        ("run.json", {"versions": [1], "chosen": None, "hardware": None}),
+        ("metrics.jsonl", {"validation": None}),
+        ("metrics.jsonl", {"validation": {"top1": "x"}}),
+        ("metrics.jsonl", {"train": []}),
+        ("metrics.jsonl", {"train": {"other": 1.0}}),
+    ],
+)
+def test_what_somebody_edited_is_left_out(cakd, copied, file, edit):
+    path = copied / "kd-seed0" / file
+    if file == "run.json":
+        write_json(path, read_json(path) | edit)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text().splitlines()[0]) | edit) + "\n")
+
+    for words in (("compare", copied), ("report", copied, "--out", copied / "page.html"), ("runs", copied)):
+        result = cakd(*words)
+        assert result.code == 0, (words, result.err)
+
+
+def test_a_teacher_that_somebody_edited_is_another_one(cakd, copied):
+    path = copied / "kd-seed0" / "run.json"
+    write_json(path, read_json(path) | {"teacher": ["x"]})
+
+    result = cakd("compare", copied)
+
+    assert result.code == 3
+    assert "they differ in teacher" in result.err
+
+
+def test_names_are_text_in_tables(cakd, copied):
+    """Rich would take [red] for a colour, and end at [/x]."""
+    (copied / "kd-seed0").rename(copied / "kd[red]-seed0")
+    shutil.rmtree(copied / "kd-seed1")
+
+    assert "kd[red]" in cakd("compare", copied).out
+    assert "kd[red]-seed0" in cakd("runs", copied).out
+
+
+def test_groups_that_share_no_seed(cakd, copied):
+    shutil.copytree(copied / "kd-seed1", copied / "kd-seed5")
+    shutil.rmtree(copied / "kd-seed1")
+    shutil.rmtree(copied / "kd-seed0")
+    recipe = copied / "kd-seed5" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 1", "seed: 5"))
+
+    document = cakd("compare", copied, "--json").document
+
+    (group,) = (group for group in document["groups"] if group["name"] == "kd")
+    assert (group["difference"]["pairs"], group["difference"]["mean"]) == (0, None)
+    assert cakd("compare", copied).code == 0
+    assert cakd("report", copied, "--out", copied / "page.html").code == 0

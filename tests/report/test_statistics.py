@@ -82,7 +82,7 @@ def test_seeds_that_are_needed():
         fewer = gains[:-1]
         corrected = statistics.holm([statistics.sign_flip(fewer)] * comparisons)[0]
         assert statistics.verdict(fewer, corrected, comparisons=comparisons) == (
-            f"inconclusive: {needed} seeds are needed"
+            f"inconclusive: {needed} seeds in common are needed"
         )
 
 

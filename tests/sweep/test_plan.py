@@ -56,7 +56,9 @@ def test_what_stands_in_brackets_or_quotes_is_one_setting():
         ((), {"losses": ("kd", "cakdd")}, RecipeError, "cakdd: .*\n.*did you mean cakd"),
         (("optimizer.learning_rte=0.1,0.2",), {}, RecipeError, "did you mean learning_rate?"),
         (("loss.1.temperature=2,-4",), {}, RecipeError, r"kd-loss.1.temperature=-4: "),
-        (("seed=1,2",), {"seeds": range(9000)}, UsageError, "36,000 runs are more than 10,000"),
+        (("engine.epochs=1,2",), {"seeds": range(9000)}, UsageError, "36,000 runs are more than 10,000"),
+        (("seed=1,2",), {}, UsageError, "a sweep has its own lists"),
+        (("model.weights=a/b,a_b",), {}, UsageError, "would share the folder"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_is(words, options, error, message):
@@ -69,6 +71,7 @@ def test_a_slurm_script_has_a_case_a_run(tmp_path):
     text = slurm.script(units, tmp_path / "my sweep", jobs=3)
 
     assert "--array=0-3%3" in text
+    assert f'--output="{tmp_path}/my sweep/logs/slurm-%A-%a.txt"' in text
     assert text.count(") command=(") == 4
     assert "'loss.1.grouping={type: top-k, k: 2}'" in text
     assert f"'{tmp_path}/my sweep/cross-entropy-seed0'" in text

@@ -105,6 +105,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(cakd, words, tmp_path):
     [
         (("--seeds", "0"), "not a number of seeds"),
         (("--seeds", "many"), "not a number of seeds"),
+        (("--seeds", "4294967295"), "so many seeds"),
         (("--seeds", ""), "not a number of seeds"),
         (("--out", ""), "--out is empty"),
         (("--on", "ray"), "pip install 'cakd[ray]'"),
