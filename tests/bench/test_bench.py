@@ -98,6 +98,7 @@ def test_the_plain_loop_learns_what_the_engine_learns():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own():
     recipe = resolve([*WORDS, "loss=kd"], {})
     inputs = read_inputs(recipe)
@@ -108,6 +109,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
         assert module._peak(recipe, way, threads=1)["resident"] > 10**8
 
 
+@pytest.mark.slow
 def test_views_without_end_have_no_warm_memory(cakd, quick, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "ROUNDS", 1)
     for part in ("train", "test"):

@@ -38,6 +38,7 @@ METHODS = {
     "kd": ("--loss", "kd"),
     "cakd": ("--loss", "cakd", "loss.1.beta={type: adaptive, base: 8}", "engine.ema_decay=0.8"),
     "ctkd": ("--loss", "ctkd", "engine.gradient_accumulation=2"),
+    "shares": ("--loss", "cakd", "engine.ema_decay=0.8", "engine.parallel=fsdp", "engine.teacher_memory=ram"),
     "own batch norms": ("--loss", "kd", "engine.sync_batch_norm=false"),
 }
 
@@ -104,7 +105,7 @@ def lines(folder, count, name):
     return [json.loads(line) for line in (folder / f"{count} {name}" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["kd", "cakd", "ctkd"])
+@pytest.mark.parametrize("name", ["kd", "cakd", "ctkd", "shares"])
 def test_two_processes_train_the_same_run(trained, name):
     folder, done = trained
     one, two = (torch.tensor(done[count][0][name]) for count in (1, 2))
@@ -236,7 +237,8 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", ["cakd", pytest.param("ctkd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cakd", "ctkd"])
 def test_shares_of_a_network_train_the_same_run(toy_file, toy_teacher, tmp_path, name):
     """What each process holds of the student, the connectors, the average and the live teacher changes no number."""
     wide = ("distill", *COMMON, "--student", "wrn-16-2", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher)

@@ -515,7 +515,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_a_signal_before_training_leaves_with_a_line(words, tmp_path, name):
     process = subprocess.run(
         [sys.executable, "-c", BEFORE_TRAINING.format(name=name), *map(str, words), "--out", str(tmp_path / "run")],

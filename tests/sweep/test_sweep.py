@@ -12,6 +12,7 @@ import pytest
 from cakd_cli.engine import run_directory
 from cakd_cli.process import main
 from cakd_cli.sweep import here
+from cakd_cli.sweep.plan import Unit
 
 SHORT = ("engine.precision=fp32", "data.crop_padding=0", "engine.compile=off", "--epochs", 2, "--batch-size", 16)
 
@@ -84,7 +85,30 @@ def test_a_sweep_goes_on_until_all_is_compared(cakd, words, tmp_path, monkeypatc
     assert "2 of 2 runs failed" in other.err
 
 
-def test_a_signal_stops_all_and_the_same_command_goes_on(cakd, words, tmp_path):
+def test_a_signal_stops_all_and_starts_no_other(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/bash\ntrap 'exit 75' TERM\necho begun\nsleep 60 & wait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    units = [Unit(f"kd-seed{seed}", "kd", seed, ()) for seed in range(5)]
+    logs, ended = tmp_path / "sweep" / "logs", []
+
+    def stop():
+        while len([log for log in logs.glob("*.txt") if log.read_text()]) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    number = here.run_all(units, tmp_path / "sweep", jobs=2, started=lambda unit: None, ended=ended.append)
+
+    assert number == signal.SIGTERM
+    assert [outcome.code for outcome in ended] == [75] * 5
+    assert len([outcome for outcome in ended if outcome.seconds > 0]) <= 4
+    assert len(list(logs.glob("*.txt"))) == 2
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_says_how_it_goes_on(cakd, words, tmp_path):
     command = [sys.executable, "-m", "cakd_cli", "sweep", *map(str, words), "--loss", "kd", "--seeds", "1"]
     command += ["--out", str(tmp_path / "sweep"), "--jobs", "2", "--epochs", "400"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -128,8 +152,6 @@ def test_a_sweep_is_not_written_into_a_run(cakd, words, toy_teacher):
 
 def test_who_trains_a_run_already_is_waited_for(tmp_path, monkeypatch):
     """Two sweeps in one folder share the work; so does one whose first start was killed, and left a run behind."""
-    from cakd_cli.sweep.plan import Unit
-
     monkeypatch.setattr(here, "_WAIT_SECONDS", 0.05)
     out = tmp_path / "kd-seed0"
     code = (
@@ -154,8 +176,6 @@ def test_who_trains_a_run_already_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_runs_are_divided_over_devices_and_cores(tmp_path, monkeypatch):
-    from cakd_cli.sweep.plan import Unit
-
     places = []
     monkeypatch.setattr(here, "devices", lambda: ["cuda:0", "cuda:1"])
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
