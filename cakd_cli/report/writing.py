@@ -76,9 +76,8 @@ def small_curve(values: Sequence[float], width: int = 10) -> str:
 def show(stdout: Console, document: Mapping[str, Any]) -> None:
     """Print the comparison for a terminal."""
     key = document["headline"]
-    table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=Text(f"{document['data']}, {document['samples']:,} test images")
-    )
+    stdout.print(f"{document['data']}, {document['samples']:,} test images", markup=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
     for name in ("n", FIGURES[key][0], "difference", "p"):
         table.add_column(name, justify="right", no_wrap=True)
