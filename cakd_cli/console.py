@@ -115,12 +115,15 @@ class Console:
         done = line["step"] - self._done
         left = (time.monotonic() - self._started) / done * (self._epochs * self._steps_per_epoch - line["step"])
         train = line["train"]
-        text = f"epoch {line['epoch']}/{self._epochs}  {_parts(train)}"
+        head, text = f"epoch {line['epoch']}/{self._epochs}  ", ""
         if "validation" in line:
             figures = line["validation"]
             name, value = ("mAP", figures["map"]) if "map" in figures else ("top-1", figures["top1"])
             text += f"  held-out {name} {value:.1%}"
         text += f"  {line['images_per_second']:,.0f} images/s  {duration(left)} left"
+        # One line an epoch for a person; a file has room for all.
+        room = self.stderr.width - len(head + text) if self.stderr.is_terminal else None
+        text = head + _parts(train, room) + text
         if self._bar is not None and self._task is not None:
             status = f"{line['images_per_second']:,.0f} images/s  {_parts(train)}"
             self._bar.update(self._task, completed=line["epoch"] * self._steps_per_epoch, status=status)
@@ -161,10 +164,14 @@ def show_error(error: CakdError, *, json_mode: bool) -> None:
         sys.stdout.write(json.dumps({**error.document, "error": content}, ensure_ascii=False) + "\n")
 
 
-def _parts(train: Mapping[str, float]) -> str:
-    """Write the loss and what it is made of, before any weight."""
-    parts = ", ".join(f"{name} {value:.3f}" for name, value in train.items() if name not in ("loss", "top1"))
-    return f"loss {train['loss']:.3f} ({parts})"
+def _parts(train: Mapping[str, float], room: int | None = None) -> str:
+    """Write the loss and what it is made of, before any weight; as many parts as there is room for."""
+    parts = [f"{name} {value:.3f}" for name, value in train.items() if name not in ("loss", "top1")]
+    text = f"loss {train['loss']:.3f} ({', '.join(parts)})"
+    while room is not None and len(text) > room and parts:
+        parts.pop()
+        text = f"loss {train['loss']:.3f} ({', '.join([*parts, '...'])})" if parts else f"loss {train['loss']:.3f}"
+    return text
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,9 @@
 """The command line: its words, its streams, its exit codes."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -719,8 +721,6 @@ def test_several_teachers_are_the_flag_given_again(cakd, toy_file, toy_teacher, 
 
 
 def test_the_bar_moves_between_two_looks_at_the_loss():
-    import io
-
     from rich.console import Console as RichConsole
 
     console = Console()
@@ -736,3 +736,25 @@ def test_the_bar_moves_between_two_looks_at_the_loss():
         assert task.completed == 11
     finally:
         console.end()
+
+
+def test_an_epoch_is_one_line_of_a_terminal():
+    """However many parts a loss has; a file gets all of them."""
+    from rich.console import Console as RichConsole
+
+    parts = dict.fromkeys(("bcd", "scd", "wcd", "feature_bcd", "feature_scd", "feature_wcd"), 0.5)
+    line = {"epoch": 1, "step": 50, "images_per_second": 1234.0, "validation": {"top1": 0.5}}
+    line["train"] = {"loss": 51.051, "top1": 0.2, "cross_entropy": 1.444, **parts}
+    said = {}
+    for width in (80, 110, None):
+        console = Console(bar=False)
+        terminal = {"force_terminal": width is not None, "no_color": True, "soft_wrap": True}
+        console.stderr = RichConsole(file=io.StringIO(), width=width, **terminal)
+        console.start(epochs=2, steps_per_epoch=50, done=0, title="resnet8")
+        console.epoch(line)
+        said[width] = re.sub(r"\x1b\[[0-9;]*m", "", console.stderr.file.getvalue()).rstrip()
+
+    tail = "  held-out top-1 50.0%  1,234 images/s  0:00 left"
+    assert said[80] == f"epoch 1/2  loss 51.051{tail}"
+    assert said[110] == f"epoch 1/2  loss 51.051 (cross_entropy 1.444, bcd 0.500, ...){tail}"
+    assert "feature_wcd 0.500)" in said[None]

@@ -162,6 +162,7 @@ def _two_networks(runs: Sequence[FinishedRun], evaluations: Evaluations) -> dict
     first, second = (int(evaluations.of(run)["right"], 16) for run in runs)
     only_first, only_second = (first & ~second).bit_count(), (second & ~first).bit_count()
     return {
+        "names": [run.path.name for run in runs],
         "only_first": only_first,
         "only_second": only_second,
         "p": statistics.mcnemar(only_first, only_second),

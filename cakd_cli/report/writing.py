@@ -135,8 +135,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     networks = document["networks"]
     if networks:
         lines.append(
-            f"two networks, not two methods: {networks['only_first']} images only the first gets right, "
-            f"{networks['only_second']} only the second, McNemar p {networks['p']:.3g}"
+            f"two networks, not two methods: {networks['only_first']} images only {networks['names'][0]} gets right, "
+            f"{networks['only_second']} only {networks['names'][1]}, McNemar p {networks['p']:.3g}"
         )
     for name, values in document["different"].items():
         lines.append(f"not alike: {name} ({' or '.join(values)})")
