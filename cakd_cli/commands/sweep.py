@@ -57,12 +57,13 @@ def run(words: list[str], flags: Mapping[str, Any], wish: Wish, *, console: Cons
     if (out / "recipe.yaml").is_file():
         raise InputError(f"{out} is a run, not a sweep", hint="give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    left = [unit for unit in units if not _is_done(unit, out)]
+    records = _records(out)
+    left = [unit for unit in units if not _is_done(unit, out, records.get(unit.name))]
     done = len(units) - len(left)
     console.note(f"{len(units)} runs in {out}{f', {done} of them finished before' if done else ''}")
     if wish.where == "slurm" and left:
         said = slurm.submit(left, out, jobs=wish.jobs)
-        known = _records(out) | {unit.name: {"words": list(unit.words)} for unit in left}
+        known = records | {unit.name: {"words": list(unit.words)} for unit in left}
         write_json(out / "sweep.json", {"runs": known})
         console.result({"out": str(out), **said}, lambda stdout: stdout.print(said["said"], markup=False))
         return
@@ -97,9 +98,8 @@ def _records(out: Path) -> dict[str, Any]:
     return records if isinstance(records, dict) else {}
 
 
-def _is_done(unit: Unit, out: Path) -> bool:
+def _is_done(unit: Unit, out: Path, record: Any) -> bool:
     """Whether this very run is finished; one with other settings is left to its own process, which refuses it."""
-    record = _records(out).get(unit.name)
     return (
         isinstance(record, dict)
         and record.get("words") == list(unit.words)
