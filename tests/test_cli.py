@@ -250,7 +250,7 @@ def test_a_short_demo_tells_the_whole_story(cakd, tmp_path, monkeypatch):
     train = demo.train
     monkeypatch.setattr(demo, "SEEDS", (0, 1))
     monkeypatch.setattr(demo, "METHODS", ("cross-entropy", "cakd"))
-    monkeypatch.setattr(demo, "train", lambda words, *rest, **how: train([*words, "engine.epochs=2"], *rest, **how))
+    monkeypatch.setattr(demo, "train", lambda words, *rest, **how: train([*words, "engine.epochs=3"], *rest, **how))
     result = cakd("demo", "--out", tmp_path / "demo", "--json")
 
     assert result.code == 0, result.err
