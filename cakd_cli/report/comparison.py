@@ -9,7 +9,7 @@ from cakd_cli.evaluation import metrics
 from cakd_cli.report import statistics
 from cakd_cli.report.finished import Evaluations, FinishedRun, differing
 
-# Figures of a network beside its teacher, and whether they are shares.
+# Figures of a network beside its teacher, and of a network alone.
 FIDELITY = ("agreement", "kl", "bcd", "scd", "wcd")
 QUALITY = ("map", "top1", "top5", "nll", "ece")
 

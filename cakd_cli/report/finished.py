@@ -118,6 +118,7 @@ class Evaluations:
     def __init__(self) -> None:
         self._kept = Kept()
         self._timed: set[str] = set()
+        self._known: dict[Path, dict[str, Any]] = {}
 
     def of(self, run: FinishedRun) -> dict[str, Any]:
         """Measure a run on its test images, or read what was measured before.
@@ -125,9 +126,11 @@ class Evaluations:
         Raises:
             CakdError: If its data or its teacher is gone.
         """
-        known = self._read(run)
-        if known is not None:
-            return known
+        if run.path not in self._known:
+            self._known[run.path] = self._read(run) or self._measure(run)
+        return self._known[run.path]
+
+    def _measure(self, run: FinishedRun) -> dict[str, Any]:
         teacher = run.recipe.teacher is not None
         recipe = run.recipe.model_copy(
             update={"engine": run.recipe.engine.model_copy(update={"device": "auto", "precision": "fp32"})}

@@ -7,7 +7,7 @@ import pytest
 
 from cakd_cli.commands.compare import comparison_of
 from cakd_cli.files import read_json, write_json
-from cakd_cli.report import writing
+from cakd_cli.report import finished, writing
 from tests.conftest import train_toy
 
 
@@ -53,6 +53,26 @@ def test_what_was_measured_is_not_measured_again(runs, monkeypatch):
     (runs / "kd-seed0" / "evaluation.json").write_text("{}")
     with pytest.raises(TypeError):
         comparison_of([str(runs)])
+
+
+def test_a_folder_that_cannot_be_written_is_measured_once(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs, tmp_path / "sweep")
+    for kept in (tmp_path / "sweep").glob("*/evaluation.json"):
+        kept.unlink()
+    measured, measure = [], finished.measure
+
+    def counted(path, *arguments, **options):
+        measured.append(path.name)
+        return measure(path, *arguments, **options)
+
+    def refused(path, value):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(finished, "measure", counted)
+    monkeypatch.setattr(finished, "write_json", refused)
+    comparison_of([str(tmp_path / "sweep")])
+
+    assert sorted(measured) == ["cross-entropy-seed0", "cross-entropy-seed1", "kd-seed0", "kd-seed1"]
 
 
 def test_against_another_method(cakd, runs):
@@ -107,10 +127,8 @@ def test_tables_for_papers(cakd, runs, form):
         assert {line.count("|") for line in lines if line.startswith("|")} == {lines[0].count("|")}
     else:
         (columns,) = (line for line in lines if line.startswith(r"\begin{tabular}"))
-        width = columns.count("l") + columns.count("r") - 4  # of \begin{tabular} itself
         rows = [line for line in lines if line.endswith(r"\\")]
         assert {row.count(" & ") for row in rows} == {columns.partition("}{")[2].count("r") + 1}
-        assert width > 0
         assert r"\toprule" in lines
 
 
@@ -125,7 +143,7 @@ def test_names_are_text_in_latex():
 
 def test_small_curves():
     assert writing.small_curve([0.1]) == ""
-    assert writing.small_curve([0.0, 0.5, 1.0]) == "▁▄█" or writing.small_curve([0.0, 0.5, 1.0]) == "▁▅█"
+    assert writing.small_curve([0.0, 0.5, 1.0]) == "▁▅█"
     assert len(writing.small_curve([i / 100 for i in range(100)])) == 10
     assert writing.small_curve([0.5, 0.5]) == "▁▁"
 
