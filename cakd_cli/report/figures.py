@@ -93,13 +93,9 @@ def learning_curves(curves: Mapping[str, Sequence[float]]) -> Drawn | None:
     if not shown:
         return None
     with _axes() as (figure, axes):
-        for i, (name, values) in enumerate(shown.items()):
-            axes.plot(range(1, len(values) + 1), values, label=_short(name), **_line(i, len(values)))
-        axes.set_xlabel("epoch")
+        _draw_by_epoch(figure, axes, shown)
         axes.set_ylabel("held-out top-1")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right upper")
         says = "Mean over seeds. " + "; ".join(f"{name} ends at {values[-1]:.1%}" for name, values in shown.items())
         title = "Learning curves"
         epochs = range(max(map(len, shown.values())))
@@ -116,17 +112,13 @@ def loss_parts(parts: Mapping[str, Sequence[float]], method: str) -> Drawn | Non
     if not shown:
         return None
     with _axes() as (figure, axes):
-        for i, (name, values) in enumerate(shown.items()):
-            axes.plot(range(1, len(values) + 1), values, label=_short(name), **_line(i, len(values)))
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("nats" if all(min(values) >= 0 for values in shown.values()) else "")
+        _draw_by_epoch(figure, axes, shown)
+        axes.set_ylabel("part of the loss")  # not all of them are in nats
         if all(min(values) > 0 for values in shown.values()):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right upper")
         title = f"Parts of the loss of {method}"
         says = "Before their weights, mean over seeds. " + "; ".join(
             f"{name} falls from {values[0]:.3g} to {values[-1]:.3g}"
@@ -137,6 +129,14 @@ def loss_parts(parts: Mapping[str, Sequence[float]], method: str) -> Drawn | Non
         length = len(next(iter(shown.values())))
         rows = [[str(i + 1), *(f"{values[i]:.4g}" for values in shown.values())] for i in range(length)]
         return Drawn(title, _svg(figure, "parts", title, says), says, ["epoch", *shown], rows)
+
+
+def _draw_by_epoch(figure: Figure, axes: Axes, lines: Mapping[str, Sequence[float]]) -> None:
+    for i, (name, values) in enumerate(lines.items()):
+        axes.plot(range(1, len(values) + 1), values, label=_short(name), **_line(i, len(values)))
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside right upper")
 
 
 def _line(number: int, points: int) -> dict[str, Any]:
