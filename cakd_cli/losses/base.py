@@ -39,11 +39,12 @@ class Look(NamedTuple):
         layer: Name of a module, or ``stage2`` for the second stage of a network that names its stages; empty for the
             input of the linear classifier.
         form: ``vector`` (batch, elements), averaged over positions or tokens; ``map`` as the layer gives it;
-            ``importance`` (batch, elements), how much each element speaks for the predicted class.
+            ``preactivation``, a stage's map before its last activation; ``importance`` (batch, elements), how much each
+            element speaks for the predicted class.
     """
 
     layer: str = ""
-    form: Literal["vector", "map", "importance"] = "vector"
+    form: Literal["vector", "map", "preactivation", "importance"] = "vector"
 
 
 class Needs(NamedTuple):
@@ -67,11 +68,17 @@ class Shapes(NamedTuple):
         student: Shape of each layer without the batch.
         teacher: Likewise.
         classifier_CD: Weight of the teacher's linear classifier, if a term looks at its input.
+        classifier_C: Its bias, if it has one.
+        labels_N: Class of each sample by its number in the training file, int64; none where samples have several.
+        norms: Weight and bias of the teacher's batch norm that gives a layer, where one does.
     """
 
     student: Mapping[Look, tuple[int, ...]]
     teacher: Mapping[Look, tuple[int, ...]]
     classifier_CD: Tensor | None = None
+    classifier_C: Tensor | None = None
+    labels_N: Tensor | None = None
+    norms: Mapping[Look, tuple[Tensor, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,18 @@ class Term(Options):
             if isinstance(value, ChangingWeight):
                 update[name] = value.over(epochs)
         return self.model_copy(update=update)
+
+    def between(self, student: Sequence[str], teacher: Sequence[str]) -> Self:
+        """Name layers where the recipe leaves them to the networks.
+
+        Args:
+            student: Names of the student's stages, shallow to deep.
+            teacher: Of the teacher's.
+
+        Raises:
+            ValueError: If a network does not tell its stages.
+        """
+        return self
 
     @property
     def factor(self) -> float:

@@ -145,9 +145,9 @@ def test_the_mask_of_the_classifier_needs_its_input():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", reference.feature_cases("FitNet"))
+@pytest.mark.parametrize("name", reference.FEATURES.cases("FitNet"))
 def test_fitnet_is_the_official_one(name, dtype):
-    case, tensors = reference.feature_case(name)
+    case, tensors = reference.FEATURES.case(name), reference.FEATURES.tensor
     student = tensors(case["inputs"]["student"]).to(dtype).requires_grad_()
     teacher = tensors(case["inputs"]["teacher"]).to(dtype)
     term = FitNetTerm(layers=[{"student": "a", "teacher": "b"}])

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal, cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from cakd_cli.losses.base import Lesson, Look, LossOutput, Needs, Objectives, Shapes, Term
-from cakd_cli.losses.features.layers import LayerPair
+from cakd_cli.losses.base import Lesson, LossOutput, Objectives, Shapes
+from cakd_cli.losses.features.layers import LayerPair, MapsTerm
 
 
 def fitnet(hint_BDHW: Tensor, guided_BDHW: Tensor) -> LossOutput:
@@ -79,7 +79,7 @@ class Connectors(nn.Module):
         self.connectors = nn.ModuleList(MapConnector(mine, theirs) for mine, theirs in pairs)
 
 
-class FitNetTerm(Term):
+class FitNetTerm(MapsTerm):
     """The map of a middle layer, through a convolution that is trained along."""
 
     paper = "Romero et al. 2015, arXiv 1412.6550"
@@ -96,26 +96,14 @@ class FitNetTerm(Term):
         description="pairs of layers that give maps, by module name or stage",
     )
 
-    @property
-    def needs(self) -> Needs:
-        """A map of each layer."""
-        return Needs(
-            student_layers=tuple(Look(pair.student, "map") for pair in self.layers),
-            teacher_layers=tuple(Look(pair.teacher, "map") for pair in self.layers),
-        )
-
     def module(self, shapes: Shapes) -> Connectors:
         """Make the connectors."""
-        needs = self.needs
-        return Connectors(
-            [shapes.student[look] for look in needs.student_layers],
-            [shapes.teacher[look] for look in needs.teacher_layers],
-        )
+        pairs = self.shapes(shapes)
+        return Connectors([student for student, _ in pairs], [teacher for _, teacher in pairs])
 
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
         assert isinstance(module, Connectors)
-        needs = self.needs
         total = lesson.student_BC.new_zeros(())
-        for connector, mine, theirs in zip(module.connectors, needs.student_layers, needs.teacher_layers, strict=True):
-            total = total + fitnet(lesson.teacher[theirs], connector(lesson.student[mine])).total
+        for connector, (student, teacher) in zip(module.connectors, self.maps(lesson), strict=True):
+            total = total + fitnet(teacher, connector(student)).total
         return LossOutput(total, {"fitnet": total})
