@@ -130,6 +130,13 @@ class Split(ABC):
         """Yield every sample once, in order, without augmentation."""
 
     @abstractmethod
+    def labels_by_number(self) -> Tensor | None:
+        """Class of each sample by its number in the training file, int64 on the CPU, -1 for those of other splits.
+
+        None where a sample may have several.
+        """
+
+    @abstractmethod
     def subset(self, indices_N: Tensor) -> "Split":
         """Return the split of the samples at these positions."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from cakd_cli.data import ImageDataSet, MemorySplit
 from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_batch_norms
 from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.errors import HardwareError, InputError, RecipeError
+from cakd_cli.losses import Term
 from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.machine.sharding import shard
 from cakd_cli.models.initial import check_takes, initial_network
+from cakd_cli.models.layers import stages
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
@@ -91,6 +93,9 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
         data = _on_device(spec.load(fetch=fetch), machine)
         _check_data(recipe, data)
         student, teacher = _read_networks(recipe, data, machine, fetch=fetch)
+        if teacher is not None:
+            recipe = recipe.model_copy(update={"loss": _between(recipe.loss, student, teacher)})
+            teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
     ranks.check_alike(images=dict(data.fingerprints), training_images=len(data.train), precision=machine.precision)
     reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
     if data.left_out:
@@ -110,8 +115,21 @@ def _read_networks(
     torch.manual_seed(recipe.seed)
     if recipe.teacher is None or not recipe.needs_teacher:
         return student, None
-    teacher = load_teacher(recipe.teacher, data, machine, fetch=fetch)
-    return student, teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
+    return student, load_teacher(recipe.teacher, data, machine, fetch=fetch)
+
+
+def _between(terms: Sequence[Term], student: nn.Module, teacher: Teacher) -> tuple[Term, ...]:
+    """Name the layers that terms leave to the networks."""
+    named = []
+    for number, term in enumerate(terms):
+        try:
+            named.append(term.between(tuple(stages(student)), tuple(stages(teacher.model))))
+        except ValueError as error:
+            raise RecipeError(
+                f"loss.{number}: {term.type} needs layers: {error}",
+                hint=f"name them, as loss.{number}.layers=[{{student: layer3, teacher: layer4}}]",
+            ) from error
+    return tuple(named)
 
 
 def _to_fetch(recipe: Recipe) -> tuple[str, ...]:

@@ -165,7 +165,7 @@ class _MemoryChoice:
         self.keys: Mapping[str, Any] = {
             "teacher_memory": where,
             "teacher_memory_precision": stored,
-            "teacher_memory_features": any(tap.of_input for tap in self.teacher.taps),
+            "teacher_memory_features": any(tap.of_input and tap.form == "vector" for tap in self.teacher.taps),
         }
 
     def _stored(self, teacher: Teacher, *, measure: bool) -> str:

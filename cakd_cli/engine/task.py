@@ -18,7 +18,7 @@ from cakd_cli.machine import compiling
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.machine.sharding import whole
 from cakd_cli.machine.stopwatch import Stopwatch
-from cakd_cli.models.layers import LOGITS, Answers, Located, Tap, Tapped, locate
+from cakd_cli.models.layers import LOGITS, Answers, Located, Tap, Tapped, locate, preactivation
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.teachers import Teacher
 
@@ -94,32 +94,21 @@ class Task(nn.Module):
         self._teacher_names = _names(teacher_looks(terms), teacher.taps if teacher is not None else ())
         self._part_names: dict[tuple[int, str], str] = {}  # by term and its own name for a part
         try:
-            self.term_modules = self._make_modules(terms, found, teacher).to(hardware.device)
+            self.term_modules = _make_modules(terms, self._shapes(found, data, teacher)).to(hardware.device)
         except BaseException:
             tapped.close()
             raise
 
-    def _make_modules(self, terms: Sequence[Term], found: Located, teacher: Teacher | None) -> nn.ModuleDict:
-        modules = nn.ModuleDict()
+    def _shapes(self, found: Located, data: ImageDataSet, teacher: Teacher | None) -> Shapes:
+        """Say what the terms' own modules are built for."""
         student = {look: found.shapes[name] for look, name in self._student_names.items()}
-        theirs: dict[Look, tuple[int, ...]] = {}
-        classifier = None
-        if teacher is not None:
-            theirs = {look: teacher.shapes[name] for look, name in self._teacher_names.items()}
-            of_input = next((tap for tap in teacher.taps if tap.of_input), None)
-            if of_input is not None:
-                weight = teacher.model.get_submodule(of_input.layer).get_parameter("weight")
-                classifier = whole(weight.detach()).float().clone()
-        for number, term in enumerate(terms):
-            try:
-                module = term.module(Shapes(student, theirs, classifier))
-            except ValueError as error:
-                raise RecipeError(
-                    f"loss.{number}: {term.type} cannot connect its layers: {error}", hint="name other layers"
-                ) from error
-            if module is not None:
-                modules[str(number)] = module
-        return modules
+        labels_N = data.train.labels_by_number()
+        if teacher is None:
+            return Shapes(student, {}, labels_N=labels_N)
+        theirs = {look: teacher.shapes[name] for look, name in self._teacher_names.items()}
+        weight, bias = _classifier(teacher)
+        norms = {look: _norm_before(teacher, look) for look in theirs if look.form == "preactivation"}
+        return Shapes(student, theirs, weight, bias, labels_N, norms)
 
     def compile_student(self, parts: int) -> None:
         """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
@@ -191,6 +180,40 @@ class Task(nn.Module):
     def parts_by_term(self, means: Mapping[str, float]) -> dict[str, float]:
         """Name mean parts as adaptive weights know them."""
         return {part_name(*key): means[name] for key, name in self._part_names.items()}
+
+
+def _make_modules(terms: Sequence[Term], shapes: Shapes) -> nn.ModuleDict:
+    modules = nn.ModuleDict()
+    for number, term in enumerate(terms):
+        try:
+            module = term.module(shapes)
+        except ValueError as error:
+            raise RecipeError(
+                f"loss.{number}: {term.type} cannot connect its layers: {error}", hint="name other layers"
+            ) from error
+        if module is not None:
+            modules[str(number)] = module
+    return modules
+
+
+def _classifier(teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of the teacher's classifier, if its input is looked at."""
+    for tap in teacher.taps:
+        linear = teacher.model.get_submodule(tap.layer)
+        if tap.of_input and isinstance(linear, nn.Linear):
+            return _copy(linear.weight), None if linear.bias is None else _copy(linear.bias)
+    return None, None
+
+
+def _norm_before(teacher: Teacher, look: Look) -> tuple[Tensor, Tensor]:
+    name = f"the teacher {teacher.name}"
+    _, layer = preactivation(teacher.model, look.layer, name)
+    norm = teacher.model.get_submodule(layer)
+    return _copy(norm.get_parameter("weight")), _copy(norm.get_parameter("bias"))
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return whole(parameter.detach()).float().clone()
 
 
 def _names(looks: Sequence[Look], found: Sequence[Tap]) -> dict[Look, str]:

@@ -69,7 +69,8 @@ class Shapes(NamedTuple):
         teacher: Likewise.
         classifier_CD: Weight of the teacher's linear classifier, if a term looks at its input.
         classifier_C: Its bias, if it has one.
-        labels_N: Class of each sample by its number in the training file, int64; none where samples have several.
+        labels_N: Class of each sample by its number in the training file, int64, -1 for those held out; none where
+            samples have several.
         norms: Weight and bias of the teacher's batch norm that gives a layer, where one does.
     """
 

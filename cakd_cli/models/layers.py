@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,18 @@ class Tap:
             (tokens, channels) over the tokens, in float32. ``map``: as the layer gives it. ``importance`` (batch,
             elements): how much each element speaks for the predicted class: gradient times activation, where positive,
             averaged as the vector is. Grad-CAM (arXiv 1610.02391) averages the gradient first; taken place by place, as
-            HiResCAM (arXiv 2011.08891) does, it tells where an element matters.
+            HiResCAM (arXiv 2011.08891) does, it tells where an element matters. ``preactivation``: a stage's map before
+            its last activation; :func:`locate` makes a map of it.
         of_input: Whether the module's input is meant, not its output.
     """
 
     layer: str = ""
-    form: Literal["vector", "map", "importance"] = "vector"
+    form: Literal["vector", "map", "importance", "preactivation"] = "vector"
     of_input: bool = False
 
     def __str__(self) -> str:
         """Name of the answer, as a person says it."""
-        suffix = {"vector": "", "map": " as map", "importance": " by grad-cam"}[self.form]
+        suffix = {"importance": " by grad-cam", "vector": ""}.get(self.form, f" as {self.form}")
         return ("input of " if self.of_input else "") + self.layer + suffix
 
     @property
@@ -224,6 +225,9 @@ def _with_module(network: nn.Module, tap: Tap, num_classes: int, name: str) -> T
     if not tap.layer:
         return replace(tap, layer=find_classifier(network, num_classes, name=name), of_input=True)
     modules = dict(network.named_modules())
+    if tap.form == "preactivation":
+        layer, _ = preactivation(network, tap.layer, name)
+        return Tap(layer, "map", of_input=isinstance(modules[layer], nn.ReLU))
     layer = stages(network).get(tap.layer, tap.layer)
     if layer not in modules:
         raise RecipeError(f"{name} has no layer '{tap.layer}'", hint=_near_layers(network, modules, tap.layer))
@@ -240,6 +244,40 @@ def stages(network: nn.Module) -> dict[str, str]:
         children = dict(network.named_children())
         names = tuple(name for name in ("layer1", "layer2", "layer3", "layer4") if name in children)
     return {f"stage{number}": str(layer) for number, layer in enumerate(names, 1)}
+
+
+def preactivation(network: nn.Module, stage: str, name: str) -> tuple[str, str]:
+    """Find what a stage gives before its last activation.
+
+    cakd's own networks name it in ``preactivations``; in torchvision's ResNets it is what the last block's ReLU is
+    given.
+
+    Args:
+        network: Any.
+        stage: Its name, or that of the stage's module.
+        name: What the network is called in an error.
+
+    Returns:
+        A module, whose input is meant if it is a ReLU and else its output; and the batch norm before the activation.
+
+    Raises:
+        RecipeError: If the network does not tell.
+    """
+    found = stages(network)
+    layer = found.get(stage, stage)
+    known = getattr(network, "preactivations", None)
+    if layer in found.values() and isinstance(known, tuple):
+        return cast(tuple[str, str], known[list(found.values()).index(layer)])
+    blocks = list(dict(network.named_modules()).get(layer, nn.Sequential()).named_children())
+    last = blocks[-1][1] if blocks else None
+    norms = [child for child, module in last.named_children() if isinstance(module, nn.BatchNorm2d)] if last else []
+    if not norms or not isinstance(getattr(last, "relu", None), nn.ReLU):
+        raise RecipeError(
+            f"{name} does not tell what '{stage}' is before its last activation",
+            hint="stages of a ResNet, a wide ResNet, a VGG, MobileNetV2 and ShuffleNetV1 do",
+        )
+    block = f"{layer}.{blocks[-1][0]}"
+    return f"{block}.relu", f"{block}.{norms[-1]}"
 
 
 def _near_layers(network: nn.Module, modules: Mapping[str, nn.Module], layer: str) -> str:

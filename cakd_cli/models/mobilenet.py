@@ -50,6 +50,13 @@ class MobileNetV2(nn.Module):
 
     # As the literature counts them, after the stem.
     stages = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
+    # A stage ends without an activation.
+    preactivations = (
+        ("blocks.1", "blocks.1.1.conv.7"),
+        ("blocks.2", "blocks.2.2.conv.7"),
+        ("blocks.4", "blocks.4.2.conv.7"),
+        ("blocks.6", "blocks.6.0.conv.7"),
+    )
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()

@@ -27,12 +27,14 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
+        # A module, so that what it is given can be tapped.
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the block's channels, smaller by its stride."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        return functional.relu(self.bn2(self.conv2(out)) + shortcut, inplace=True)
+        return cast(Tensor, self.relu(self.bn2(self.conv2(out)) + shortcut))
 
 
 class ResNet(nn.Module):

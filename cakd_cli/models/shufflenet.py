@@ -52,6 +52,8 @@ class GroupedBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = _pointwise(middle, out, _GROUPS)
         self.bn3 = nn.BatchNorm2d(out)
+        # A module, so that what it is given can be tapped.
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a map of the block's channels, smaller by its stride."""
@@ -59,8 +61,8 @@ class GroupedBlock(nn.Module):
         out = functional.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self.halves:
-            return functional.relu(torch.cat([out, functional.avg_pool2d(x, 3, 2, padding=1)], dim=1))
-        return functional.relu(out + x)
+            return cast(Tensor, self.relu(torch.cat([out, functional.avg_pool2d(x, 3, 2, padding=1)], dim=1)))
+        return cast(Tensor, self.relu(out + x))
 
 
 class ShuffleNetV1(nn.Module):

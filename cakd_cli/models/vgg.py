@@ -27,7 +27,7 @@ class VGG(nn.Module):
     """Five blocks of 3x3 convolutions, halved after the first three, then a global average and a linear classifier."""
 
     # As the literature counts them, after the stem.
-    stages = ("block1", "block2", "block3", "block4")
+    stages = ("relu1", "relu2", "relu3", "relu4")
 
     def __init__(self, convolutions: tuple[int, ...], in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -36,8 +36,13 @@ class VGG(nn.Module):
             for _ in range(count):
                 layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 in_channels = width
-            # The last ReLU stands in forward, where the reference's features are taken before it.
+            # The last ReLU stands beside its block, whose parameter names are the reference's.
             self.add_module(f"block{number}", nn.Sequential(*layers[:-1]))
+            self.add_module(f"relu{number}", layers[-1])
+        self.preactivations = tuple(
+            (f"block{number}", f"block{number}.{len(self.get_submodule(f'block{number}')) - 1}")  # type: ignore[arg-type]
+            for number in range(1, len(_WIDTHS))
+        )
         self.classifier = nn.Linear(in_channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -52,7 +57,7 @@ class VGG(nn.Module):
         x = images
         large = images.shape[2] >= 64
         for number in range(len(_WIDTHS)):
-            x = functional.relu(self.get_submodule(f"block{number}")(x))
+            x = self.get_submodule(f"relu{number}")(self.get_submodule(f"block{number}")(x))
             if number < 3 or (number == 3 and large):
                 x = functional.max_pool2d(x, 2)
         return cast(Tensor, self.classifier(x.mean((2, 3))))

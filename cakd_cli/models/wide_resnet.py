@@ -52,6 +52,7 @@ class WideResNet(nn.Module):
 
     # As the literature counts them, after the stem.
     stages = ("block1", "block2", "block3")
+    preactivations = tuple((norm, norm) for norm in ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"))
 
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ class Form:
 
 def plain_alone(teacher: Teacher) -> bool:
     """Whether a teacher can only answer in its plain form."""
-    return any(tap.form == "importance" or not tap.of_input for tap in teacher.taps)
+    return any(tap.form != "vector" or not tap.of_input for tap in teacher.taps)
 
 
 def make_form(teacher: Teacher, name: str, hardware: Hardware) -> Form:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
@@ -14,7 +15,7 @@ from cakd_cli import models
 from cakd_cli.errors import RecipeError
 from cakd_cli.machine import compiling
 from cakd_cli.machine.hardware import choose_hardware
-from cakd_cli.models.layers import LOGITS, Tap, Tapped, locate, stages
+from cakd_cli.models.layers import LOGITS, Tap, Tapped, locate, preactivation, stages
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers import forms
 from cakd_cli.teachers.forms import Form
@@ -81,6 +82,56 @@ def test_every_network_of_ours_names_its_stages(name):
     sizes = [found.shapes[str(tap)][1] for tap in found.taps]
     assert len(sizes) >= 3
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet8x4", "resnet50", "vgg8", "shufflenet-v1", "torchvision:resnet18"])
+def test_a_stage_is_the_relu_of_what_it_was_before(name):
+    network = resolve([], {"data": "digits", "model": name}).model.build(in_channels=3, num_classes=10).eval()
+    _make_lively(network)
+    names = list(stages(network))
+    taps = [Tap(stage, form) for stage in names for form in ("map", "preactivation")]
+    found = locate(network, taps, 10, torch.zeros(1, 3, 32, 32), name="it")
+    answers = Tapped(network, found.taps)(torch.randn(2, 3, 32, 32))
+
+    for after, before in zip(found.taps[::2], found.taps[1::2], strict=True):
+        assert (answers[str(before)] < 0).any()
+        assert_close(answers[str(after)], answers[str(before)].relu())
+
+
+@pytest.mark.parametrize(("name", "number"), [("wrn-16-1", 3), ("mobilenet-v2", 4), ("vgg8", 4), ("resnet20", 3)])
+def test_the_norm_before_the_activation(name, number):
+    network = resolve([], {"data": "digits", "model": name}).model.build(in_channels=3, num_classes=10).eval()
+    _make_lively(network)
+    names = list(stages(network))
+    assert len(names) == number
+    for stage in names:
+        layer, norm = preactivation(network, stage, "it")
+        assert isinstance(network.get_submodule(norm), nn.BatchNorm2d)
+        found = locate(network, [Tap(stage, "preactivation")], 10, torch.zeros(1, 3, 32, 32), name="it")
+        (tap,) = found.taps
+        answers = Tapped(network, [tap, Tap(norm, "map")])(torch.randn(2, 3, 32, 32))
+        assert tap.layer == layer
+        if "resnet" in name:  # the shortcut comes after the norm
+            assert tap.of_input
+            assert answers[str(tap)].shape == answers[f"{norm} as map"].shape
+        elif name != "mobilenet-v2" or stage == "stage4":  # elsewhere MobileNetV2 has a shortcut
+            assert_close(answers[str(tap)], answers[f"{norm} as map"])
+
+
+def _make_lively(network):
+    """Give norms something to do: fresh ones would leave signs to the convolutions alone."""
+    torch.manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.1)
+
+
+def test_a_network_that_does_not_tell_what_comes_before_its_activations(images):
+    network = resolve([], {"data": "digits", "model": "shufflenet-v2"}).model.build(in_channels=3, num_classes=10)
+
+    with pytest.raises(RecipeError, match="it does not tell what 'stage2' is before its last activation"):
+        locate(network, [Tap("stage2", "preactivation")], 10, images[:1], name="it")
 
 
 def test_a_vector_is_not_a_map(network, images):

@@ -200,6 +200,12 @@ class FolderSplit(Split):
         chunks = self._index_N.split(batch_size)
         yield from self._load(0, [[(_NO_DRAW, index) for index in chunk.tolist()] for chunk in chunks], device)
 
+    def labels_by_number(self) -> Tensor:
+        """Class of each file, -1 for those that are not in the split."""
+        labels_N = torch.full((len(self._samples),), -1)
+        labels_N[self._index_N] = torch.tensor([label for _, label in self._samples])[self._index_N]
+        return labels_N
+
     def _load(self, seed: int, batches: list[list[tuple[int, int]]], device: torch.device) -> Iterator[Batch]:
         workers = min(self._spec.num_workers, len(batches))
         _check_open_files(workers)

@@ -109,6 +109,14 @@ class MemorySplit(Split):
         for images, labels in zip(self.images_NCHW.split(batch_size), self.labels_N.split(batch_size), strict=True):
             yield Batch(images.to(device), labels.to(device))
 
+    def labels_by_number(self) -> Tensor | None:
+        """Class of each sample of the file, -1 for those that are not in the split; none for several labels."""
+        if self.labels_N.ndim > 1:
+            return None
+        labels_N = torch.full((self.samples,), -1)
+        labels_N[self.number_N] = self.labels_N.cpu()
+        return labels_N
+
     def pictures(self, end: list[Callable[..., Any]]) -> Dataset[Any]:
         """What torchvision's CIFAR classes do: an array, and a picture made of it for every access."""
         from torchvision import transforms
