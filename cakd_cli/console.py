@@ -116,10 +116,11 @@ class Console:
         left = (time.monotonic() - self._started) / done * (self._epochs * self._steps_per_epoch - line["step"])
         train = line["train"]
         head, text = f"epoch {line['epoch']}/{self._epochs}  ", ""
-        if "validation" in line:
-            figures = line["validation"]
-            name, value = ("mAP", figures["map"]) if "map" in figures else ("top-1", figures["top1"])
-            text += f"  held-out {name} {value:.1%}"
+        for part, images in (("validation", "held-out"), ("test", "test")):
+            if part in line:
+                figures = line[part]
+                name, value = ("mAP", figures["map"]) if "map" in figures else ("top-1", figures["top1"])
+                text += f"  {images} {name} {value:.1%}"
         text += f"  {line['images_per_second']:,.0f} images/s  {duration(left)} left"
         # One line an epoch for a person; a file has room for all.
         room = self.stderr.width - len(head + text) if self.stderr.is_terminal else None

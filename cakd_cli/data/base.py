@@ -59,18 +59,29 @@ class Share(NamedTuple):
         rank: The process's number.
         ranks: Processes.
         parts: Into which a batch is cut one after the other; each of them is shared.
+        incomplete: Whether an epoch ends with the incomplete batch that is left, as far as it can be shared equally.
     """
 
     rank: int = 0
     ranks: int = 1
     parts: int = 1
+    incomplete: bool = False
+
+    def steps(self, samples: int, batch_size: int) -> int:
+        """Count the batches of an epoch."""
+        full, rest = divmod(samples, batch_size)
+        return full + (self.incomplete and rest >= self.parts * self.ranks)
 
     def of(self, samples_N: Tensor, batch_size: int) -> Tensor:
-        """Pick what is this process's of every full batch, in order; ranks times parts divide the batch size."""
-        full_N = samples_N[: len(samples_N) // batch_size * batch_size]
-        return full_N.view(-1, self.parts, self.ranks, batch_size // self.parts // self.ranks)[
-            :, :, self.rank
-        ].flatten()
+        """Pick what is this process's of every batch, in order; ranks times parts divide the batch size."""
+        end = len(samples_N) // batch_size * batch_size
+        full_N = samples_N[:end].view(-1, self.parts, self.ranks, batch_size // self.parts // self.ranks)
+        mine_N = full_N[:, :, self.rank].flatten()
+        each = (len(samples_N) - end) // (self.parts * self.ranks)
+        if not (self.incomplete and each):
+            return mine_N
+        rest_N = samples_N[end : end + each * self.parts * self.ranks].view(self.parts, self.ranks, each)
+        return torch.cat([mine_N, rest_N[:, self.rank].flatten()])
 
 
 WHOLE = Share()
@@ -120,7 +131,7 @@ class Split(ABC):
     def train_batches(
         self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yield a share of the full batches of an epoch, shuffled and augmented, from batch number ``start`` on.
+        """Yield a share of the batches of an epoch, shuffled and augmented, from batch number ``start`` on.
 
         Order and augmentation are functions of (seed, epoch, sample) alone: a resumed epoch goes on as it would have.
         """

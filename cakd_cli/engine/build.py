@@ -59,14 +59,14 @@ class Inputs:
             epoch=0,
             start=0,
             device=self.hardware.device,
-            share=self.ranks.share(self.recipe.engine.gradient_accumulation),
+            share=self.ranks.share(self.recipe),
         )
         return next(iter(batches)).images
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in an epoch; an incomplete batch is left out."""
-        return len(self.data.train) // self.recipe.engine.batch_size
+        """Steps in an epoch."""
+        return self.ranks.share(self.recipe).steps(len(self.data.train), self.recipe.engine.batch_size)
 
 
 def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> Inputs:
@@ -90,7 +90,7 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
     missing = _to_fetch(recipe)
     _check_ranks(recipe, ranks)
     with ranks.one_first(fetch and bool(missing)):
-        data = _on_device(spec.load(fetch=fetch), machine)
+        data = _on_device(_under_protocol(spec.load(fetch=fetch), recipe), machine)
         _check_data(recipe, data)
         student, teacher = _read_networks(recipe, data, machine, fetch=fetch)
         if teacher is not None:
@@ -102,6 +102,11 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
         few = f"{', '.join(data.left_out[:3])}{', ...' if len(data.left_out) > 3 else ''}"
         reasons["data.bad_images"] = f"{len(data.left_out):,} images cannot be read and are left out: {few}"
     return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, () if fetch else missing, ranks)
+
+
+def _under_protocol(data: ImageDataSet, recipe: Recipe) -> ImageDataSet:
+    """Hold nothing out where the literature does not."""
+    return replace(data, validation=None) if recipe.protocol == "literature" else data
 
 
 def _read_networks(

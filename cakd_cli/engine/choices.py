@@ -139,7 +139,9 @@ def _warnings(inputs: Inputs) -> list[str]:
         k = getattr(getattr(term, "grouping", term), "k", 0)
         if k >= inputs.data.num_classes:
             lines.append(f"loss.{number}: the top {k} are all {inputs.data.num_classes} classes, and leave no rest")
-    if inputs.data.validation is None:
+    if inputs.recipe.protocol == "literature":
+        lines.append("protocol literature: nothing is held out; the best epoch on the test set is told beside the last")
+    elif inputs.data.validation is None:
         lines.append("no image is held out: the last epoch's network is kept, not the best one's")
     return lines
 

@@ -28,6 +28,7 @@ from cakd_cli.evaluation.predict import predict
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.machine.sharding import is_cut
 from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.recipe.schema import Recipe
 
 T = TypeVar("T")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -61,9 +62,10 @@ class Ranks:
         """Whether this process decides, writes and speaks."""
         return self.rank == 0
 
-    def share(self, parts: int) -> Share:
-        """What is this process's of each batch, which is cut into so many parts."""
-        return Share(self.rank, self.count, parts)
+    def share(self, recipe: Recipe) -> Share:
+        """What is this process's of each batch."""
+        parts = recipe.engine.gradient_accumulation
+        return Share(self.rank, self.count, parts, incomplete=recipe.protocol == "literature")
 
     def told(self, value: T) -> T:
         """Give every process the value of rank 0: anything that torch can send from one to another."""

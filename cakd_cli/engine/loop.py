@@ -22,6 +22,7 @@ from cakd_cli.engine.stopping import StopRequest, name_of
 from cakd_cli.engine.tracking import Tracker
 from cakd_cli.errors import DivergedError, StoppedError
 from cakd_cli.evaluation import metrics
+from cakd_cli.evaluation.teacher_check import IMAGES, Part
 from cakd_cli.losses import Weights
 from cakd_cli.machine.memory import is_out_of_memory
 from cakd_cli.machine.sharding import whole_state
@@ -44,7 +45,8 @@ class Trainer:
         self.parallel = job.ranks.wrap(job.task)
         self._graph_known = False
         self.hardware = job.hardware
-        self.steps_per_epoch = len(job.data.train) // job.recipe.engine.batch_size
+        self.share = job.ranks.share(job.recipe)
+        self.steps_per_epoch = self.share.steps(len(job.data.train), job.recipe.engine.batch_size)
         self.optimizer = Optimizer(job.task, job.recipe, self.steps_per_epoch, job.ranks, job.average)
         self.weights = Weights(job.recipe.loss)
         self.epoch = 0  # epochs completed
@@ -103,12 +105,17 @@ class Trainer:
                     break
                 if self.step % engine.log_interval == 0:
                     means = self._means()
-                    rate = (self.step - first_step) * engine.batch_size / (time.perf_counter() - started)
+                    rate = self._images(first_step) / (time.perf_counter() - started)
                     self._say_imbalance()
                     self.progress.step(epoch=self.epoch, step=self.step, images_per_second=rate, parts=means)
                 self._save_or_stop()
         means = self._means()  # waits for the device: the time is told after it
-        return self._end_epoch(means, time.perf_counter() - started, (self.step - first_step) * engine.batch_size)
+        return self._end_epoch(means, time.perf_counter() - started, self._images(first_step))
+
+    def _images(self, first_step: int) -> int:
+        """Count the images of the epoch since a step; the last batch may be incomplete."""
+        size = self.recipe.engine.batch_size
+        return min(self.step * size, len(self.data.train)) - first_step * size
 
     def train_step(self, batch: Batch, answers: Answers | None) -> None:
         """Learn from one batch, in the parts that the recipe asks for.
@@ -163,7 +170,7 @@ class Trainer:
                 epoch=self.epoch,
                 start=self.step,
                 device=self.hardware.device,
-                share=self.ranks.share(self.recipe.engine.gradient_accumulation),
+                share=self.share,
             ),
         )
         if self.source is None:
@@ -174,6 +181,7 @@ class Trainer:
     def _end_epoch(self, means: dict[str, float], seconds: float, images: int) -> dict[str, Any]:
         number = self.epoch + 1
         self._say_imbalance()
+        norms = advice.norms_by_term(self.recipe.loss, self.read_norms)
         changing = self.weights.changing(number)
         self.weights.end_epoch(self.task.parts_by_term(means))
         return {
@@ -185,7 +193,7 @@ class Trainer:
             "time": {part: round(share, 4) for part, share in self.task.watch.shares(seconds).items()},
             **({} if self.source is None else {"teacher": self._counts()}),
             **({"weights": changing} if changing else {}),
-            **({"gradient_norm": self._norms_by_term()} if len(self.read_norms) > 1 else {}),
+            **({"gradient_norm": norms} if len(self.read_norms) > 1 else {}),
             "train": means,
         }
 
@@ -220,9 +228,6 @@ class Trainer:
             )
         return {name: value / self.step for name, value in zip(self.part_names, sums, strict=True)}
 
-    def _norms_by_term(self) -> dict[str, float]:
-        return advice.norms_by_term(self.recipe.loss, self.read_norms)
-
     def _say_imbalance(self) -> None:
         """Say once, when the host first looks at the device anyway, that a term hardly counts beside another."""
         if self.epoch == 0 and not self.balance_said:
@@ -235,22 +240,26 @@ class Trainer:
         return hint + (", or engine.precision=fp32" if self.hardware.is_half else "")
 
     def validate(self) -> dict[str, Any]:
-        """Measure the network on the held-out images, and keep it if it is the best so far."""
-        if self.data.validation is None:
+        """Measure the network on held-out images and keep the best; the literature notes the best on the test's."""
+        literature = self.recipe.protocol == "literature"
+        name: Part = "test" if literature else "validation"
+        split = getattr(self.data, name)
+        if split is None:
             return {}
         self.ranks.share_buffers(self.network)
-        size, split = self.recipe.engine.evaluation_batch_size, self.data.validation
+        size = self.recipe.engine.evaluation_batch_size
         answers = self.ranks.predict(self.network, split, self.task.normalisation, self.hardware, batch_size=size)
         figures = self.ranks.told(metrics.brief(*answers))
         if not math.isfinite(figures["nll"]):
             raise DivergedError(
-                f"the answers to held-out images are not finite after epoch {self.epoch + 1}",
+                f"the answers to {IMAGES[name]} images are not finite after epoch {self.epoch + 1}",
                 hint=self._hint_on_divergence(),
             )
         if metrics.is_better(figures, self.best):
             self.best = {"epoch": self.epoch + 1, **figures}
-            self.best_state = _copy(whole_state(self.network))
-        return {"validation": figures}
+            if not literature:
+                self.best_state = _copy(whole_state(self.network))
+        return {name: figures}
 
     def _save_or_stop(self, *, last: bool = False) -> None:
         """Save if it is time, and stop if somebody asked one of the processes to."""

@@ -38,6 +38,7 @@ def facts_of(choices: Choices) -> dict[str, Any]:
         },
         "started_at": run_directory.now(),
         "seed": recipe.seed,
+        "protocol": recipe.protocol,
         "data": {
             "name": data.name,
             "fingerprints": dict(data.fingerprints),

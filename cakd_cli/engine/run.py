@@ -20,7 +20,7 @@ from cakd_cli.engine.stopping import StopRequest
 from cakd_cli.engine.tracking import tracked
 from cakd_cli.errors import CakdError, DeviceFullError, InputError, RecipeError, first_line
 from cakd_cli.evaluation import metrics
-from cakd_cli.evaluation.teacher_check import check_teacher
+from cakd_cli.evaluation.teacher_check import IMAGES, Part, check_teacher
 from cakd_cli.machine.memory import is_out_of_memory
 from cakd_cli.machine.sharding import load_whole
 from cakd_cli.machine.stopwatch import Stopwatch
@@ -29,6 +29,9 @@ from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import memory
+
+# What of run.json goes with the network.
+_OF_THE_MODEL = ("data", "loss", "seed", "protocol", "metrics", "best_on_test", "teacher")
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
     checked = inputs.ranks.told(inputs.ranks.by_first(lambda: _check_teacher(choices, facts["data"], progress)))
     source = make_source(inputs, recipe, progress.note)
     if source is not None and source.memory is not None and source.memory.folder is not None and inputs.ranks.first:
-        memory.write_check(source.memory.identity, facts["data"], checked or {})
+        memory.write_check(source.memory.identity, _measured_on(choices, facts["data"]), checked or {})
     try:
         return make_job(inputs, recipe, source)
     except BaseException:
@@ -189,17 +192,26 @@ def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progr
     teacher, data = inputs.teacher, inputs.data
     if teacher is None:
         return {}
+    on: Part = "validation" if data.validation else "test" if _follows_literature(choices) else "train"
     checked = None
     if engine.teacher_memory == "disk":
         stored = engine.teacher_memory_precision
         shared = memory.identify(teacher, data, inputs.hardware, form=engine.teacher_form, stored=stored)
-        checked = memory.read_check(shared, data_facts) if shared is not None else None
+        checked = memory.read_check(shared, _measured_on(choices, data_facts)) if shared is not None else None
     if checked is None:
         size = engine.evaluation_batch_size
-        checked = check_teacher(teacher, data, data_facts, inputs.hardware, batch_size=size)
-    images = "held-out" if data.validation else "training"
-    progress.note(f"teacher {teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {images} images")
+        checked = check_teacher(teacher, data, data_facts, inputs.hardware, batch_size=size, on=on)
+    progress.note(f"teacher {teacher.name}: top-1 {checked['top1']:.1%} of {checked['samples']} {IMAGES[on]} images")
     return checked
+
+
+def _measured_on(choices: Choices, data_facts: dict[str, Any]) -> dict[str, Any]:
+    """Say on what a teacher was measured: the literature has no images but those of the test."""
+    return data_facts | ({"protocol": "literature"} if _follows_literature(choices) else {})
+
+
+def _follows_literature(choices: Choices) -> bool:
+    return choices.recipe.protocol == "literature"
 
 
 def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -246,10 +258,13 @@ def _finish(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
             figures[name] = metrics.quality(
                 *trainer.ranks.predict(student, split, normalisation, machine, batch_size=size)
             )
+    last = {"epoch": recipe.engine.epochs}
+    literature = recipe.protocol == "literature"
     facts |= {
         "ended": "completed",
         "finished_at": run_directory.now(),
-        "best": trainer.best or {"epoch": recipe.engine.epochs},
+        "best": last if literature else trainer.best or last,
+        **({"best_on_test": trainer.best} if literature else {}),
         "metrics": figures,
     }
     trainer.ranks.by_first(lambda: _write(trainer, facts))
@@ -269,7 +284,7 @@ def _write(trainer: Trainer, facts: dict[str, Any]) -> None:
         spec=recipe.model,
         class_names=data.class_names,
         preprocessing=preprocessing_of(data),
-        facts={key: facts[key] for key in ("data", "loss", "seed", "metrics", "teacher") if facts.get(key) is not None},
+        facts={key: facts[key] for key in _OF_THE_MODEL if facts.get(key) is not None},
     )
     saving.write(directory.path, saved)
     facts["weights_hash"] = saving.weights_hash(saved.model.state_dict())
@@ -314,7 +329,12 @@ def _fill(job: Job, progress: Progress) -> tuple[str, int]:
     asked = 0
     for epoch in range(recipe.engine.epochs):
         batches = job.data.train.train_batches(
-            batch_size=recipe.engine.batch_size, seed=recipe.seed, epoch=epoch, start=0, device=device
+            batch_size=recipe.engine.batch_size,
+            seed=recipe.seed,
+            epoch=epoch,
+            start=0,
+            device=device,
+            share=job.ranks.share(recipe),
         )
         for _ in source.beside(batches, Stopwatch(device)):
             pass

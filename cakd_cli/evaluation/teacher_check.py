@@ -4,7 +4,7 @@ Shape suffixes: N samples, C classes.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +16,9 @@ from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.teachers import Teacher
 
+Part = Literal["validation", "test", "train"]
+# What each part's images are called.
+IMAGES: dict[Part, str] = {"validation": "held-out", "test": "test", "train": "training"}
 # Answers that differ this much, in top-1, from what the teacher's own run recorded mean that something does not fit.
 _TOLERANCE = 0.02
 # Enough to tell a working teacher from a broken one.
@@ -23,9 +26,9 @@ _CHECKED_SAMPLES = 2048
 
 
 def check_teacher(
-    teacher: Teacher, data: ImageDataSet, facts: Mapping[str, Any], hardware: Hardware, *, batch_size: int
+    teacher: Teacher, data: ImageDataSet, facts: Mapping[str, Any], hardware: Hardware, *, batch_size: int, on: Part
 ) -> dict[str, float]:
-    """Measure the teacher on held-out images before an hour is spent on it, in float32 as its own run did.
+    """Measure the teacher before an hour is spent on it, in float32 as its own run did.
 
     Args:
         teacher: Who is measured.
@@ -33,6 +36,7 @@ def check_teacher(
         facts: What the run to come records of the data; the comparison needs a teacher that recorded the same.
         hardware: Where.
         batch_size: Images at a time.
+        on: On which images: those held out, or where there are none those of the test set or of training.
 
     Returns:
         Its top-1 and the number of samples it was measured on.
@@ -40,7 +44,8 @@ def check_teacher(
     Raises:
         InputError: If it answers near chance, or not as its own run recorded on the same data.
     """
-    split: Split = data.validation or data.train
+    split: Split | None = getattr(data, on)
+    assert split is not None
     part = len(split) > _CHECKED_SAMPLES
     if part:
         split = split.subset(torch.linspace(0, len(split) - 1, _CHECKED_SAMPLES).round().long())
@@ -52,20 +57,20 @@ def check_teacher(
         batch_size=batch_size,
     )
     top1 = metrics.brief(logits_NC, labels_N)["top1"]
-    where = "held-out" if data.validation else "training"
+    where = IMAGES[on]
     if metrics.near_chance(top1, metrics.chance(labels_N, data.num_classes)):
         raise InputError(
             f"the teacher {teacher.name} is near chance: top-1 {top1:.1%} on {len(split)} {where} images "
             f"of {data.num_classes} classes",
             hint="check that it was trained on these classes, in this order, with this normalisation",
         )
-    recorded = teacher.facts.get("metrics", {}).get("validation", {}).get("top1")
+    recorded = teacher.facts.get("metrics", {}).get(on, {}).get("top1")
     same_data = teacher.facts.get("data") == facts
     # One answer may always tip; on a part of the split the share also varies by chance: three standard deviations.
     slack = _TOLERANCE + 1 / len(split) + (3 * (top1 * (1 - top1) / len(split)) ** 0.5 if part else 0)
     if recorded is not None and same_data and abs(recorded - top1) > slack:
         raise InputError(
-            f"the teacher {teacher.name} answers {top1:.1%} of {len(split)} held-out images, "
+            f"the teacher {teacher.name} answers {top1:.1%} of {len(split)} {where} images, "
             f"its run recorded {recorded:.1%}",
             hint="its files or the data have changed since it was trained",
         )

@@ -37,6 +37,12 @@ def model_card(saved: "SavedModel") -> str:
     for split, metrics in facts.get("metrics", {}).items():
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
         lines.append(f"- {split}: {values}")
+    best = facts.get("best_on_test")
+    if best:
+        lines.append(
+            f"- best on test: top1 {best['top1']:.4f} after epoch {best['epoch']}, chosen on the test images as the "
+            "literature does; this network is that of the last epoch"
+        )
     lines += [
         "",
         "Measure it with `cakd eval FOLDER --data DATA`; use the file of `cakd export RUN --format onnx` so:",

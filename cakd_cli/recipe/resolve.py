@@ -106,7 +106,10 @@ def resolve(
     mistakes.report()
     assert recipe is not None
     # The length of the run is known here: what depends on it alone is no longer automatic.
-    return recipe.model_copy(update={"loss": tuple(term.over(recipe.engine.epochs) for term in recipe.loss)})
+    update: dict[str, Any] = {"loss": tuple(term.over(recipe.engine.epochs) for term in recipe.loss)}
+    if recipe.protocol == "literature":
+        update["data"] = recipe.data.model_copy(update={"validation_fraction": 0.0})
+    return recipe.model_copy(update=update)
 
 
 def _flag_name(dotted: str) -> str:

@@ -74,7 +74,10 @@ class EngineOptions(Options):
 
     epochs: int = Field(30, ge=1, le=100_000, description="passes over the training split")
     batch_size: int = Field(
-        128, ge=1, le=1_000_000, description="images an optimizer step; an incomplete batch is left out"
+        128,
+        ge=1,
+        le=1_000_000,
+        description="images an optimizer step; an incomplete batch is left out, unless protocol is literature",
     )
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="parts into which a batch is cut to save memory")
     out_of_memory: Literal["fail", "accumulate"] = Field(
@@ -120,6 +123,11 @@ class EngineOptions(Options):
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints")
 
 
+def _given(options: Options, key: str) -> bool:
+    """Whether somebody set a key, and did not leave it to its default."""
+    return key in options.model_fields_set
+
+
 class Recipe(Options):
     """Everything that decides the result of a run."""
 
@@ -132,6 +140,11 @@ class Recipe(Options):
         default_factory=CosineSchedule
     )
     engine: EngineOptions = Field(default_factory=EngineOptions)
+    protocol: Literal["held-out", "literature"] = Field(
+        "held-out",
+        description="how the reported network is chosen: the best epoch on images held out of training; or, as the "
+        "literature does, all images train, and the last epoch is reported beside the best on the test images",
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the fresh weights, the order and the views of images")
 
     @property
@@ -142,6 +155,8 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _check_keys_together(self) -> Self:
         wrong = [*self._wrong_loss(), *self._wrong_teacher(), *self._wrong_engine()]
+        if self.protocol == "literature" and self.data.validation_fraction and _given(self.data, "validation_fraction"):
+            wrong.append((("data", "validation_fraction"), "holds images out, and protocol literature trains on all"))
         if wrong:
             raise mistakes(wrong, self)
         return self

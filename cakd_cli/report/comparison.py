@@ -113,6 +113,7 @@ def _group(name: str, members: Sequence[FinishedRun], evaluations: Evaluations) 
             if all(key in source for source in sources)
         },
         "validation": spread([value for value in held_out if value is not None]),
+        "best_on_test": spread([run.facts["best_on_test"]["top1"] for run in members if run.facts["best_on_test"]]),
         "curve": _curve(members),
     }
 
@@ -125,8 +126,8 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _curve(members: Sequence[FinishedRun]) -> list[float]:
-    """Held-out top-1 after each epoch, mean over the runs that have it."""
-    lines = [[line.get("validation", {}) for line in run.curve] for run in members]
+    """Top-1 after each epoch on what was looked at then, mean over the runs that have it."""
+    lines = [[line.get("validation", line.get("test", {})) for line in run.curve] for run in members]
     curves = [[figures["top1"] for figures in of_run if "top1" in figures] for of_run in lines]
     return [fmean(values) for values in zip(*curves, strict=False)]
 

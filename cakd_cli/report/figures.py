@@ -94,7 +94,7 @@ def learning_curves(curves: Mapping[str, Sequence[float]]) -> Drawn | None:
         return None
     with _axes() as (figure, axes):
         _draw_by_epoch(figure, axes, shown)
-        axes.set_ylabel("held-out top-1")
+        axes.set_ylabel("top-1 after each epoch")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         says = "Mean over seeds. " + "; ".join(f"{name} ends at {values[-1]:.1%}" for name, values in shown.items())
         title = "Learning curves"

@@ -19,6 +19,8 @@ from cakd_cli.recipe.schema import Recipe
 # Of what is kept in evaluation.json; another number is measured again.
 _FORMAT = 1
 _FILE = "evaluation.json"
+# On what an epoch's line has figures: held-out images, or those of the test under the literature's protocol.
+MEASURED = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class FinishedRun:
         """The lines of metrics.jsonl, one an epoch, as far as they are whole."""
         lines = []
         for line in RunDirectory(self.path).metrics():
-            parts = {part: figures_of(line, part) for part in ("train", "validation") if part in line}
+            parts = {part: figures_of(line, part) for part in ("train", *MEASURED) if part in line}
             if not parts.get("train") or len(parts["train"]) != len(line["train"]):
                 break
-            others = {key: value for key, value in line.items() if key != "validation"}
+            others = {key: value for key, value in line.items() if key not in MEASURED}
             lines.append(others | {part: figures for part, figures in parts.items() if figures})
         return lines
 
@@ -105,6 +107,7 @@ def read(path: Path) -> FinishedRun:
     facts |= {key: _mapping(facts, key) for key in ("data", "model", "teacher", "versions", "hardware", "chosen")}
     facts["data"]["fingerprints"] = _mapping(facts["data"], "fingerprints")
     facts["metrics"] = {part: figures_of(facts, part) for part in ("test", "validation")}
+    facts["best_on_test"] = figures_of({"best_on_test": facts.get("best_on_test")}, "best_on_test")
     names = (facts["data"].get("name"), facts["model"].get("name"))
     if "top1" not in facts["metrics"]["test"] or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path / 'run.json'}: damaged, or of a run that is not finished")
@@ -180,6 +183,7 @@ def differing(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
         "data": lambda run: run.facts["data"]["name"],
         "test images": lambda run: _fingerprint(run, "test"),
         "training images": lambda run: _fingerprint(run, "train"),
+        "protocol": lambda run: run.recipe.protocol,
         "held-out share": lambda run: run.recipe.data.validation_fraction,
         "split": lambda run: run.recipe.data.split_seed,
         "student": lambda run: run.facts["model"]["name"],
@@ -215,7 +219,7 @@ def summary(path: Path) -> dict[str, Any]:
         row["loss"] = " + ".join([name for name in terms if name != "cross-entropy"] or terms)
     except CakdError as error:
         row["error"] = error.message
-    for split in ("validation", "test"):
+    for split in MEASURED:
         row[split] = figures_of(facts, split).get("top1")
     if row["validation"] is None:
         held_out = [figures_of(line, "validation") for line in curve]

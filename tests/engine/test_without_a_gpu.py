@@ -40,7 +40,12 @@ def forward(name, multi_label):
     if multi_label and not all(term.takes_several_labels for term in recipe.loss):
         pytest.skip("needs one label an image")
     data = SimpleNamespace(
-        mean=(0.5,) * 3, std=(0.2,) * 3, num_classes=CLASSES, input=InputSpec((3, 16, 16)), multi_label=multi_label
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        num_classes=CLASSES,
+        input=InputSpec((3, 16, 16)),
+        multi_label=multi_label,
+        train=SimpleNamespace(labels_by_number=lambda: None if multi_label else torch.arange(64) % CLASSES),
     )
     with FakeTensorMode(), torch.device("cuda"):
         student, model = (

@@ -177,7 +177,7 @@ class FolderSplit(Split):
     def train_batches(
         self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yield a share of the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        """Yield a share of the batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
         generator = torch.Generator().manual_seed(epoch_key(seed, epoch))
         order = self._index_N[torch.randperm(len(self), generator=generator)]
         size = batch_size // share.ranks

@@ -83,7 +83,7 @@ class MemorySplit(Split):
     def train_batches(
         self, *, batch_size: int, seed: int, epoch: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yield a share of the full batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
+        """Yield a share of the batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
         if self._padded_NHWC is None:
             padded = functional.pad(self.images_NCHW, [self.padding] * 4)
             self._padded_NHWC = padded.permute(0, 2, 3, 1).contiguous()
