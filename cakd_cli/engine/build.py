@@ -232,7 +232,8 @@ def _make_task(inputs: Inputs, recipe: Recipe) -> Task:
     together = inputs.ranks.count > 1 and recipe.engine.sync_batch_norm
     if together:
         student = synchronise_batch_norms(student, device)
-    task = Task(student, recipe.loss, inputs.data, inputs.hardware, inputs.teacher)
+    size = recipe.engine.batch_size // recipe.engine.gradient_accumulation // inputs.ranks.count
+    task = Task(student, recipe.loss, inputs.data, inputs.hardware, inputs.teacher, size)
     if together:
         task.term_modules = synchronise_batch_norms(task.term_modules, device)  # type: ignore[assignment]
     if recipe.engine.compile == "on":

@@ -241,8 +241,7 @@ class Trainer:
 
     def validate(self) -> dict[str, Any]:
         """Measure the network on held-out images and keep the best; the literature notes the best on the test's."""
-        literature = self.recipe.protocol == "literature"
-        name: Part = "test" if literature else "validation"
+        name: Part = "test" if self.recipe.protocol == "literature" else "validation"
         split = getattr(self.data, name)
         if split is None:
             return {}
@@ -257,7 +256,7 @@ class Trainer:
             )
         if metrics.is_better(figures, self.best):
             self.best = {"epoch": self.epoch + 1, **figures}
-            if not literature:
+            if name == "validation":
                 self.best_state = _copy(whole_state(self.network))
         return {name: figures}
 

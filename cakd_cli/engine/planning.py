@@ -20,7 +20,8 @@ def plan(inputs: Inputs) -> dict[str, Any]:
     """
     choices = decide(inputs, measure=False)
     recipe, data, machine, teacher = choices.recipe, inputs.data, inputs.hardware, choices.inputs.teacher
-    Task(inputs.student, recipe.loss, data, machine, teacher).close()
+    size = recipe.engine.batch_size // recipe.engine.gradient_accumulation
+    Task(inputs.student, recipe.loss, data, machine, teacher, size).close()
     shape = data.input.shape
     student = {"name": recipe.model.label, "starts_from": recipe.model.origin, **_size(inputs.student, shape)}
     result = {

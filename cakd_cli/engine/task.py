@@ -63,6 +63,7 @@ class Task(nn.Module):
         data: Whose normalisation the student uses.
         hardware: Precision and layout.
         teacher: Whose answers the terms compare with; its taps begin with :func:`teacher_looks`.
+        batch_size: Samples of a batch, or of the part of one that this process sees at a time.
 
     Raises:
         RecipeError: If the student lacks a layer that a term names, or a term cannot connect two layers.
@@ -78,6 +79,7 @@ class Task(nn.Module):
         data: ImageDataSet,
         hardware: Hardware,
         teacher: Teacher | None = None,
+        batch_size: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -94,7 +96,8 @@ class Task(nn.Module):
         self._teacher_names = _names(teacher_looks(terms), teacher.taps if teacher is not None else ())
         self._part_names: dict[tuple[int, str], str] = {}  # by term and its own name for a part
         try:
-            self.term_modules = _make_modules(terms, self._shapes(found, data, teacher)).to(hardware.device)
+            shapes = self._shapes(found, data, teacher)._replace(batch_size=batch_size)
+            self.term_modules = _make_modules(terms, shapes).to(hardware.device)
         except BaseException:
             tapped.close()
             raise
@@ -104,11 +107,11 @@ class Task(nn.Module):
         student = {look: found.shapes[name] for look, name in self._student_names.items()}
         labels_N = data.train.labels_by_number()
         if teacher is None:
-            return Shapes(student, {}, labels_N=labels_N)
+            return Shapes(student, {}, labels_N=labels_N, num_classes=data.num_classes)
         theirs = {look: teacher.shapes[name] for look, name in self._teacher_names.items()}
         weight, bias = _classifier(teacher)
         norms = {look: _norm_before(teacher, look) for look in theirs if look.form == "preactivation"}
-        return Shapes(student, theirs, weight, bias, labels_N, norms)
+        return Shapes(student, theirs, weight, bias, labels_N, norms, data.num_classes)
 
     def compile_student(self, parts: int) -> None:
         """Compile the student's training pass on a batch cut into parts; validation keeps the network as it is."""
@@ -189,7 +192,7 @@ def _make_modules(terms: Sequence[Term], shapes: Shapes) -> nn.ModuleDict:
             module = term.module(shapes)
         except ValueError as error:
             raise RecipeError(
-                f"loss.{number}: {term.type} cannot connect its layers: {error}", hint="name other layers"
+                f"loss.{number}: {term.type} does not fit: {error}", hint="name other layers, or take another method"
             ) from error
         if module is not None:
             modules[str(number)] = module

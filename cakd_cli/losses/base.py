@@ -72,6 +72,8 @@ class Shapes(NamedTuple):
         labels_N: Class of each sample by its number in the training file, int64, -1 for those held out; none where
             samples have several.
         norms: Weight and bias of the teacher's batch norm that gives a layer, where one does.
+        num_classes: Which both networks tell apart.
+        batch_size: Samples that a step sees at a time, the last of an epoch apart.
     """
 
     student: Mapping[Look, tuple[int, ...]]
@@ -80,6 +82,8 @@ class Shapes(NamedTuple):
     classifier_C: Tensor | None = None
     labels_N: Tensor | None = None
     norms: Mapping[Look, tuple[Tensor, Tensor]] = {}
+    num_classes: int = 0
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class Term(Options):
     # What an objective is, where the first line above does not say it.
     summaries: ClassVar[Mapping[str, str]] = {}
 
+    # Whether it looks at the student's logits, and so trains its classifier.
+    of_logits: ClassVar[bool] = True
     # Which part each weight is of, where parts of a term are weighed.
     weighs: ClassVar[Mapping[str, str]] = {}
     # Parts without a weight of their own that an adaptive weight compares its part with as well.

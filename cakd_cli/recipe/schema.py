@@ -166,7 +166,7 @@ class Recipe(Options):
             yield ("loss",), "needs at least one term"
         elif all(term.weight == 0 for term in self.loss):
             yield ("loss",), "no term has a weight above 0"
-        elif all(term.needs.student_layers for term in self.loss):
+        elif not any(term.of_logits for term in self.loss):
             yield (
                 ("loss",),
                 "no term looks at the logits, so the classifier would not learn; add cross-entropy or kd",
@@ -190,7 +190,7 @@ class Recipe(Options):
             if not (teacher.weights or getattr(teacher, "pretrained", False)):
                 place = f"{{type: {teacher.label}, weights: FILE}} in the list" if several else "teacher.weights=FILE"
                 yield ("teacher",), f"{teacher.label} has fresh weights; give {place}, or name a run directory"
-        if several and any(term.needs.teacher_layers for term in self.loss):
+        if several and any(term.needs.teacher_layers or not term.of_logits for term in self.loss):
             yield (
                 ("teacher",),
                 "is several networks, and features are compared with one; use --loss cakd-logits",

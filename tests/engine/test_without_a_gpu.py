@@ -51,9 +51,11 @@ def forward(name, multi_label):
         student, model = (
             ResNetSpec(type=name).build(in_channels=3, num_classes=CLASSES) for name in ("resnet8", "resnet14")
         )
+        terms = tuple(term.between(tuple(layers.stages(student)), tuple(layers.stages(model))) for term in recipe.loss)
+        recipe = recipe.model_copy(update={"loss": terms})
         teacher = Teacher(model.eval(), data.mean, data.std, "", "", "", {LOGITS: (CLASSES,)})
         teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, hardware)
-        task = Task(student, recipe.loss, data, hardware, teacher)
+        task = Task(student, recipe.loss, data, hardware, teacher, 8)
         task.__dict__["watch"] = Watch()
         task.train()
         labels = torch.zeros(8, CLASSES, dtype=torch.bool) if multi_label else torch.zeros(8, dtype=torch.long)
@@ -64,7 +66,8 @@ def forward(name, multi_label):
 
 
 @pytest.mark.parametrize("multi_label", [False, True], ids=["one label", "several labels"])
-@pytest.mark.parametrize("name", losses.objectives())
+# CRD lays its banks out by the labels, on the host, before the first step.
+@pytest.mark.parametrize("name", [name for name in losses.objectives() if name != "crd"])
 def test_a_step_stays_on_the_device_and_never_waits(monkeypatch, name, multi_label):
     # Such tensors cannot be copied deeply or moved. The copy only keeps a probe's traces off the network, and what is
     # made inside is on the device.

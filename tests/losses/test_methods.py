@@ -115,7 +115,7 @@ def test_standardised_losses_do_not_see_the_size_of_logits(name):
 def test_the_switch_makes_any_term_blind_to_size(term):
     student, teacher, target = draw()
     switched = term(standardise=True, **({"reversal": 1.0} if term is losses.CTKDTerm else {}))
-    module = switched.module(Shapes({}, {}))
+    module = switched.module(Shapes({}, {}, torch.randn(20, 6).double(), num_classes=20))
 
     plain = switched(Lesson(student, teacher, target), module).total
     scaled = switched(Lesson(5 * student - 1, 0.5 * teacher + 2, target), module).total
@@ -194,7 +194,9 @@ class Waits(TorchDispatchMode):
 
 
 PAIR = [{"student": "a", "teacher": "b"}]
-TERMS = [term() for term in losses.TERMS if term is not losses.CTKDTerm] + [
+STAGES = ("stage1", "stage2")
+# Singular values have no place to be computed where nobody waits.
+TERMS = [term().between(STAGES, STAGES) for term in losses.TERMS if term not in (losses.CTKDTerm, losses.KDSVDTerm)] + [
     losses.CTKDTerm(reversal=1.0),
     losses.CAKDFeaturesTerm(mask="activation", layers=PAIR),
     losses.CAKDFeaturesTerm(mask="grad-cam", layers=PAIR, standardise=False),
@@ -213,17 +215,20 @@ def test_no_term_waits_for_the_device(term, several_labels):
     student, teacher, target = draw(batch=8, classes=10)
     if several_labels:
         target = torch.nn.functional.one_hot(target, 10).bool() | (teacher > 3)
-    sizes = {"map": ((6, 8, 8), (7, 4, 4)), "vector": ((6,), (7,)), "importance": ((6,), (7,))}
+    maps, vectors = ((6, 8, 8), (6, 8, 8)), ((6,), (7,))
+    sizes = {"map": maps, "preactivation": maps, "vector": vectors, "importance": vectors}
     mine, theirs = (
         {look: torch.randn(8, *sizes[look.form][i]).double() for look in looks}
         for i, looks in enumerate(term.needs[1:])
     )
     shapes = ({look: tuple(x.shape[1:]) for look, x in layers.items()} for layers in (mine, theirs))
-    module = term.module(Shapes(*shapes, torch.randn(10, 7).double()))
+    norms = {look: (torch.rand(6), torch.randn(6)) for look in theirs if look.form == "preactivation"}
+    numbers = torch.arange(8)
+    module = term.module(Shapes(*shapes, torch.randn(10, 7), torch.randn(10), numbers % 3, norms, 10, 8))
     module = module.double() if module is not None else None
     for layer in mine.values():
         layer.requires_grad_()
-    lesson = Lesson(student.requires_grad_(), teacher, target, mine, theirs)
+    lesson = Lesson(student.requires_grad_(), teacher, target, mine, theirs, numbers)
 
     with Waits() as waits:
         term(lesson, module).total.backward()

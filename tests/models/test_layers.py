@@ -429,7 +429,7 @@ def test_fitnet_learns_from_maps(cakd, words, tmp_path):
         ("{student: fc, teacher: stage2}", "layer 'fc' of the student gives 4 numbers an image, not a map"),
         (
             "{student: stage3, teacher: stage1}",
-            "fitnet cannot connect its layers: no convolution leads from a map of 2",
+            "fitnet does not fit: no convolution leads from a map of 2",
         ),
     ],
 )

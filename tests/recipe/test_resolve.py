@@ -147,7 +147,7 @@ seed: 3
         ([], BASE | {"data": "digit"}, "--data: data: no 'digit' here; did you mean digits?"),
         ([], BASE | {"data": "folder"}, "'folder' lacks its path; write folder:PATH"),
         ([], BASE | {"data": "digits:8"}, "'digits' takes nothing after a colon, got '8'"),
-        ([], BASE | {"loss": "kdd"}, "--loss: loss: no method 'kdd'; did you mean kd or nkd or dkd?"),
+        ([], BASE | {"loss": "kdd"}, "--loss: loss: no method 'kdd'; did you mean kd or kdsvd or rkd?"),
         ([], BASE | {"loss": "kd"}, "teacher: is missing, and the term kd needs one; give --teacher"),
         ([], BASE | {"loss": "kd", "teacher": "resnet56"}, "resnet56 has fresh weights"),
         (["loss.5.weight=1"], BASE, "loss.5.weight=1: loss: there is no entry 5"),

@@ -78,6 +78,7 @@ class CAKDFeaturesTerm(Term):
 
     weighs: ClassVar[Mapping[str, str]] = {"alpha": "feature_scd", "beta": "feature_wcd"}
     beside: ClassVar[Sequence[str]] = ("feature_bcd",)
+    of_logits = False
 
     type: Literal["cakd-features"] = "cakd-features"
     layers: tuple[LayerPair, ...] = Field(

@@ -25,6 +25,7 @@ class MapsTerm(Term):
         form: In which form it wants the maps.
     """
 
+    of_logits = False
     usual: ClassVar[Literal["all", "last"]] = "all"
     form: ClassVar[Literal["map", "preactivation"]] = "map"
 
@@ -64,6 +65,7 @@ class MapsTerm(Term):
 
     def maps(self, lesson: Lesson) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the student's and the teacher's map of each pair."""
+        assert self.layers, "between() names them"
         for student, teacher in self.pairs:
             yield lesson.student[student], lesson.teacher[teacher]
 
@@ -74,6 +76,8 @@ class MapsTerm(Term):
 
 class VectorsTerm(Term):
     """A term on the inputs of both classifiers, or on another layer of each as a vector (batch, elements)."""
+
+    of_logits = False
 
     layer: LayerPair | None = Field(
         None, description="a layer of each network by module name or stage; none = the inputs of both classifiers"
