@@ -254,7 +254,7 @@ def export(
 def sweep(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE] [KEY=A,B]...", help="A recipe, then settings; KEY=A,B tries both."),
+        typer.Argument(metavar="[RECIPE]... [KEY=A,B]...", help="Recipes, then settings; KEY=A,B tries both."),
     ] = None,
     data: Data = None,
     data_root: DataRoot = None,

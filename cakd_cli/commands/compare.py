@@ -17,12 +17,26 @@ from cakd_cli.report.comparison import compare
 
 def run(paths: list[str], *, against: str | None, different: bool, form: str, console: Console) -> None:
     """Compare finished runs, and show it in the form that was asked for."""
-    document = comparison_of(paths, against=against, different=different)
+    sets = sets_in(paths)
+    if sets:
+        document = {
+            "sets": {name: comparison_of([path], against=against, different=different) for name, path in sets.items()}
+        }
+    else:
+        document = comparison_of(paths, against=against, different=different)
     if form == "terminal":
         console.result(document, lambda stdout: writing.show(stdout, document))
     else:
         text = writing.markdown(document) if form == "markdown" else writing.latex(document)
         console.result(document, lambda stdout: stdout.out(text, end="", highlight=False))
+
+
+def sets_in(paths: Sequence[str]) -> dict[str, str]:
+    """Find folders that each hold the runs of one recipe, as a sweep of several leaves them; none in any other."""
+    roots = [Path(path).expanduser() for path in paths]
+    if len(roots) != 1 or (roots[0] / "recipe.yaml").is_file() or any(roots[0].glob("*/recipe.yaml")):
+        return {}
+    return {folder.name: str(folder) for folder in sorted({run.parents[1] for run in roots[0].glob("*/*/recipe.yaml")})}
 
 
 def comparison_of(paths: Sequence[str], *, against: str | None = None, different: bool = False) -> dict[str, Any]:

@@ -187,15 +187,19 @@ class _Board:
 
 def _conclude(units: Sequence[Unit], out: Path, failed: Sequence[Outcome], *, varied: bool, console: Console) -> None:
     """Show the comparison of what is finished, then fail if anything is not."""
-    paths = [str(out / unit.name) for unit in units if finished.state_of(out / unit.name) == "completed"]
+    done = [unit for unit in units if finished.state_of(out / unit.name) == "completed"]
+    sets: dict[str, list[str]] = {}
+    for unit in done:
+        sets.setdefault(unit.name.rpartition("/")[0], []).append(str(out / unit.name))
     document: dict[str, Any] = {
         "out": str(out),
         "runs": len(units),
         "failed": [{"run": o.unit.name, "exit": o.code, "said": o.said} for o in failed],
     }
-    if paths:
+    if sets:
         try:
-            document["comparison"] = comparison_of(paths, different=varied)
+            found = {name: comparison_of(paths, different=varied) for name, paths in sets.items()}
+            document["comparison"] = found.get("", {"sets": found})
         except CakdError as error:
             if not failed:
                 raise

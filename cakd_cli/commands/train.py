@@ -1,7 +1,7 @@
 """cakd train-teacher and cakd distill."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def train(
         raise RecipeError("--resume and --overwrite exclude each other", hint="choose one")
     if wish.out == "":
         raise UsageError("--out is empty")
-    recipe = _recipe(words, flags, wish)
+    recipe = _recipe(words, flags, wish, console.note if ranks.first else None)
     method = flags.get("loss") or next(
         (w.removeprefix("loss=") for w in words if re.fullmatch("loss=[a-z0-9-]+", w)), None
     )
@@ -87,7 +87,7 @@ def train(
     return facts | {"out": str(path)}
 
 
-def _recipe(words: list[str], flags: Mapping[str, Any], wish: Wish) -> Recipe:
+def _recipe(words: list[str], flags: Mapping[str, Any], wish: Wish, note: Callable[[str], None] | None) -> Recipe:
     """Make the recipe of what was typed, or of the run that goes on."""
     saved = Path(wish.out).expanduser() / "recipe.yaml" if wish.out and wish.resume else None
     if saved is not None and saved.is_file():
@@ -100,6 +100,7 @@ def _recipe(words: list[str], flags: Mapping[str, Any], wish: Wish) -> Recipe:
         file=saved if saved is not None and saved.is_file() and not any(map(names_recipe, words)) else None,
         defaults={"loss": "cakd"} if wish.distil else None,
         flag_names={"model": "--student"} if wish.distil else None,
+        note=note,
     )
     if not wish.distil and recipe.needs_teacher:
         raise RecipeError(

@@ -6,13 +6,24 @@ from pydantic import Field
 
 from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, InputSpec, Share, Split, Views
 from cakd_cli.data.images.folder import FolderSpec
+from cakd_cli.data.images.literature import CubSpec, ImageNetSpec, TinyImageNetSpec
 from cakd_cli.data.images.memory import MemorySplit
 from cakd_cli.data.images.noise import NoiseSpec
 from cakd_cli.data.images.tensors import DigitsSpec, TensorsSpec
-from cakd_cli.data.images.torchvision_sets import CifarSpec, FashionMnistSpec
+from cakd_cli.data.images.torchvision_sets import CifarSpec, FashionMnistSpec, Stl10Spec
 
 DataOptions = Annotated[
-    DigitsSpec | CifarSpec | FashionMnistSpec | TensorsSpec | FolderSpec | NoiseSpec, Field(discriminator="type")
+    DigitsSpec
+    | CifarSpec
+    | FashionMnistSpec
+    | Stl10Spec
+    | ImageNetSpec
+    | TinyImageNetSpec
+    | CubSpec
+    | TensorsSpec
+    | FolderSpec
+    | NoiseSpec,
+    Field(discriminator="type"),
 ]
 
 # The union is the registry.

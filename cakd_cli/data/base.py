@@ -44,12 +44,14 @@ class Batch(NamedTuple):
         views: Name of each image's view, int64 (batch,) on the CPU, where no device has to be waited for to read it;
             none where views are not counted.
         samples: Number of each image in the training file, int64 (batch,); none where nothing is learnt.
+        strong: A second view of each image, strongly augmented; none unless :meth:`Split.with_second_view` asks for it.
     """
 
     images: Tensor
     labels: Tensor
     views: Tensor | None = None
     samples: Tensor | None = None
+    strong: Tensor | None = None
 
 
 class Share(NamedTuple):
@@ -146,6 +148,10 @@ class Split(ABC):
 
         None where a sample may have several.
         """
+
+    @abstractmethod
+    def with_second_view(self) -> "Split":
+        """Return the split whose training batches hold a second, strongly augmented view of each image."""
 
     @abstractmethod
     def subset(self, indices_N: Tensor) -> "Split":

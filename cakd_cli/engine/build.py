@@ -90,7 +90,7 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
     missing = _to_fetch(recipe)
     _check_ranks(recipe, ranks)
     with ranks.one_first(fetch and bool(missing)):
-        data = _on_device(_under_protocol(spec.load(fetch=fetch), recipe), machine)
+        data = _on_device(_as_asked(spec.load(fetch=fetch), recipe), machine)
         _check_data(recipe, data)
         student, teacher = _read_networks(recipe, data, machine, fetch=fetch)
         if teacher is not None:
@@ -104,9 +104,13 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
     return Inputs(recipe, machine, data, machine.place(student), teacher, reasons, () if fetch else missing, ranks)
 
 
-def _under_protocol(data: ImageDataSet, recipe: Recipe) -> ImageDataSet:
-    """Hold nothing out where the literature does not."""
-    return replace(data, validation=None) if recipe.protocol == "literature" else data
+def _as_asked(data: ImageDataSet, recipe: Recipe) -> ImageDataSet:
+    """Hold nothing out where the literature does not, and show what the loss looks at."""
+    if recipe.protocol == "literature":
+        data = replace(data, validation=None)
+    if any(term.needs.second_view for term in recipe.loss):
+        data = replace(data, train=data.train.with_second_view())
+    return data
 
 
 def _read_networks(

@@ -18,7 +18,7 @@ from cakd_cli.machine import compiling
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.machine.sharding import whole
 from cakd_cli.machine.stopwatch import Stopwatch
-from cakd_cli.models.layers import LOGITS, Answers, Located, Tap, Tapped, locate, preactivation
+from cakd_cli.models.layers import LOGITS, SECOND_LOGITS, Answers, Located, Tap, Tapped, locate, preactivation
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.teachers import Teacher
 
@@ -136,6 +136,8 @@ class Task(nn.Module):
         """
         with self.watch("student"), self.hardware.autocast():
             student = self._forward(self.normalisation(batch.images))
+            if batch.strong is not None:
+                student = student | {SECOND_LOGITS: self._forward(self.normalisation(batch.strong))[LOGITS]}
         with self.watch("loss"):
             return self._loss(batch, student, answers, terms, epoch, norms=norms)
 
@@ -157,6 +159,8 @@ class Task(nn.Module):
             teacher={} if answers is None else {look: answers[name] for look, name in self._teacher_names.items()},
             sample_B=batch.samples,
             epoch=epoch,
+            student_strong_BC=student.get(SECOND_LOGITS),
+            teacher_strong_BC=None if answers is None else answers.get(SECOND_LOGITS),
         )
         total = lesson.student_BC.new_zeros(())
         parts = {"loss": total, "top1": metrics.hits(lesson.student_BC.detach(), batch.labels).float().mean()}
@@ -204,7 +208,7 @@ def _classifier(teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
     for tap in teacher.taps:
         linear = teacher.model.get_submodule(tap.layer)
         if tap.of_input and isinstance(linear, nn.Linear):
-            return _copy(linear.weight), None if linear.bias is None else _copy(linear.bias)
+            return _copy(linear.weight.flatten(1)), None if linear.bias is None else _copy(linear.bias)
     return None, None
 
 

@@ -13,7 +13,7 @@ from cakd_cli.losses.alpha_beta import ABDivergenceTerm, ab
 from cakd_cli.losses.base import Lesson, LogitTerm, Look, LossOutput, Needs, Shapes, Term
 from cakd_cli.losses.correlation_aware import CAKDTerm, cakd
 from cakd_cli.losses.correlation_matching import CMKDTerm, cmkd, sample_difficulty
-from cakd_cli.losses.cross_view import crld_step
+from cakd_cli.losses.cross_view import CRLDTerm, crld_step
 from cakd_cli.losses.curriculum import CTKDTerm, ctkd
 from cakd_cli.losses.decoupled import DKDTerm, dkd, dkd_mod
 from cakd_cli.losses.decoupled_kl import GKLTerm, IKLTerm, gkl, ikl
@@ -78,7 +78,7 @@ from cakd_cli.losses.scale_decoupled import sdd_dkd, sdd_kd, sdd_nkd, sdd_region
 from cakd_cli.losses.sorted_logits import SortDKDTerm, SortKDTerm, sort_dkd, sort_kd
 from cakd_cli.losses.standardisation import lskd_dkd, lskd_kd
 from cakd_cli.losses.supervised import CrossEntropyTerm, cross_entropy
-from cakd_cli.losses.swapped import sld_step
+from cakd_cli.losses.swapped import SLDTerm, sld_step
 from cakd_cli.losses.transformed import TTMTerm, WTTMTerm, ttm, wttm
 from cakd_cli.losses.wasserstein import WKDTerm, wkd_l, wkd_l_step
 from cakd_cli.losses.weights import Weights
@@ -110,6 +110,8 @@ LossOptions = Annotated[
     | ABDivergenceTerm
     | SortKDTerm
     | SortDKDTerm
+    | CRLDTerm
+    | SLDTerm
     | FitNetTerm
     | ATTerm
     | SPTerm
@@ -149,6 +151,7 @@ __all__ = [
     "CCTerm",
     "CMKDTerm",
     "CRDTerm",
+    "CRLDTerm",
     "CTKDTerm",
     "CrossEntropyTerm",
     "DISTTerm",
@@ -182,6 +185,7 @@ __all__ = [
     "RLDTerm",
     "ReverseKLTerm",
     "ReviewKDTerm",
+    "SLDTerm",
     "SPTerm",
     "SRRLTerm",
     "SemCKDTerm",

@@ -54,11 +54,13 @@ class Needs(NamedTuple):
         teacher: Whether it needs a teacher at all.
         student_layers: Of the student.
         teacher_layers: Of the teacher.
+        second_view: Whether it needs both networks' logits of a second, strongly augmented view of each image.
     """
 
     teacher: bool = True
     student_layers: tuple[Look, ...] = ()
     teacher_layers: tuple[Look, ...] = ()
+    second_view: bool = False
 
 
 class Shapes(NamedTuple):
@@ -98,6 +100,8 @@ class Lesson:
         teacher: Likewise.
         sample_B: Number of each sample in the training file, int64.
         epoch: From 1.
+        student_strong_BC: Student logits of the second view; none unless a term needs it.
+        teacher_strong_BC: Teacher logits of it.
     """
 
     student_BC: Tensor
@@ -107,6 +111,15 @@ class Lesson:
     teacher: Mapping[Look, Tensor] = field(default_factory=dict)
     sample_B: Tensor | None = None
     epoch: int = 1
+    student_strong_BC: Tensor | None = None
+    teacher_strong_BC: Tensor | None = None
+
+    @property
+    def strong(self) -> tuple[Tensor, Tensor]:
+        """Both networks' logits of the second view."""
+        assert self.student_strong_BC is not None, "Needs.second_view asks for it"
+        assert self.teacher_strong_BC is not None, "Needs.second_view asks for it"
+        return self.student_strong_BC, self.teacher_strong_BC
 
 
 class Term(Options):
@@ -226,6 +239,13 @@ class LogitTerm(Term):
         if self.standardise:
             return standardise(lesson.student_BC), standardise(lesson.teacher_BC)
         return lesson.student_BC, lesson.teacher_BC
+
+    def _views(self, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Give both networks' logits of both views."""
+        mine_BC, theirs_BC = lesson.strong
+        if self.standardise:
+            mine_BC, theirs_BC = standardise(mine_BC), standardise(theirs_BC)
+        return self._logits(lesson), (mine_BC, theirs_BC)
 
     def settings(self) -> dict[str, Any]:
         """Values by name of what this kind of term has beside what all have."""

@@ -18,7 +18,7 @@ from cakd_cli.losses.base import LogitTerm, LossOutput, Objectives
 from cakd_cli.losses.logits import check_pair, check_target, pearson, soften, standardise
 from cakd_cli.losses.ranks import soft_rank_correlation
 
-Difficulty = Literal["entropy", "label", "confidence"]
+Difficulty = Literal["entropy-rank", "entropy", "label", "confidence"]
 Direction = Literal["ranks-for-hard", "ranks-for-easy", "even"]
 
 
@@ -29,7 +29,7 @@ def cmkd(
     *,
     temperature: float = 2.0,
     epsilon: float | None = None,
-    difficulty: Difficulty = "entropy",
+    difficulty: Difficulty = "entropy-rank",
     direction: Direction = "ranks-for-hard",
 ) -> LossOutput:
     """``T^2 mean[(1 - w) (1 - pearson) + w (1 - spearman)]`` with w the difficulty of each sample.
@@ -77,22 +77,34 @@ def cmkd(
 def sample_difficulty(teacher_BC: Tensor, target_B: Tensor, *, measure: Difficulty) -> Tensor:
     """How hard each sample is to the teacher, in [0, 1], (batch,), without gradient.
 
-    ``entropy``: entropy of the teacher's probabilities at temperature 1 by log classes. ``label``: 1 - p_label, high
-    for a sample that the teacher gets wrong, however sure it is. ``confidence``: 1 - max p.
+    ``entropy``: entropy of the teacher's probabilities at temperature 1 by log classes. ``entropy-rank``: its rank in
+    the batch, from 0 for the smallest to 1 for the largest, 0.5 for a sample alone: of a confident teacher all
+    entropies are near 0, and by themselves would leave ranks without weight. ``label``: 1 - p_label, high for a sample
+    that the teacher gets wrong, however sure it is. ``confidence``: 1 - max p.
 
     Raises:
         ValueError: If the measure is unknown, or ``label`` is asked for and labels do not fit.
     """
     log_BC = soften(teacher_BC.detach(), 1.0).log_softmax(1)
-    if measure == "entropy":
+    if measure in ("entropy", "entropy-rank"):
         entropy_B = -(log_BC.exp() * log_BC).sum(1)
+        if measure == "entropy-rank":
+            return _share_below(entropy_B)
         return (entropy_B / math.log(max(log_BC.shape[1], 2))).clamp(0, 1)
     if measure == "label":
         check_target(teacher_BC, target_B)
         return 1 - log_BC.gather(1, target_B.unsqueeze(1)).squeeze(1).exp()
     if measure == "confidence":
         return 1 - log_BC.amax(1).exp()
-    raise ValueError(f"measure must be entropy, label or confidence, got {measure!r}")
+    raise ValueError(f"measure must be entropy-rank, entropy, label or confidence, got {measure!r}")
+
+
+def _share_below(value_B: Tensor) -> Tensor:
+    """Rank each value among all, in [0, 1]; equal values have one rank."""
+    if len(value_B) == 1:
+        return torch.full_like(value_B, 0.5)
+    sign_BB = (value_B.unsqueeze(1) - value_B).sign()
+    return (1 + sign_BB.sum(1) / (len(value_B) - 1)) / 2
 
 
 class CMKDTerm(LogitTerm):
@@ -109,7 +121,10 @@ class CMKDTerm(LogitTerm):
     epsilon: float | None = Field(
         None, gt=0, description="softness of ranks of z-scored logits; by default 3 by the number of classes"
     )
-    difficulty: Difficulty = Field("entropy", description="teacher's entropy, 1 - p_label, or 1 - largest p")
+    difficulty: Difficulty = Field(
+        "entropy-rank",
+        description="rank of the teacher's entropy in the batch, that entropy, 1 - p_label, or 1 - largest p",
+    )
     direction: Direction = Field("ranks-for-hard", description="which samples weigh ranks more; even is the control")
 
     @property

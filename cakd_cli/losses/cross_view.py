@@ -3,11 +3,15 @@
 Shape suffixes: B batch, C classes.
 """
 
-from torch import Tensor
+from typing import ClassVar, Literal
 
-from cakd_cli.losses.base import LossOutput
+from pydantic import Field
+from torch import Tensor, nn
+
+from cakd_cli.losses.base import Lesson, LossOutput, Needs, Objectives, SoftenedTerm
 from cakd_cli.losses.logits import check_pair, kl, soften
 from cakd_cli.losses.supervised import cross_entropy
+from cakd_cli.losses.weights import Weight
 
 
 def crld_step(
@@ -67,3 +71,32 @@ def crld_step(
 def _sure(teacher_BC: Tensor, least: float) -> Tensor:
     """Where the teacher's largest probability reaches a bound: bool, (batch,)."""
     return soften(teacher_BC.detach(), 1.0).softmax(1).amax(1) >= least
+
+
+class CRLDTerm(SoftenedTerm):
+    """The teacher of each view for the student of both, where the teacher is sure."""
+
+    paper = "Zhang et al. 2024, arXiv 2412.16493"
+    formula = "wv mean m_w T^2 (K(w, w) + K(s, s)) + cv mean m_s T^2 (K(s, w) + K(w, s)),  m = [max p_teacher >= tau]"
+    objectives: ClassVar[Objectives] = {"crld": ({"type": "cross-entropy", "second_view": True}, {"type": "crld"})}
+
+    type: Literal["crld"] = "crld"
+    wv_weight: Weight = Field(2.0, description="weight within the views")
+    cv_weight: Weight = Field(0.5, description="weight across them")
+    tau_w: float = Field(0.9, ge=0, le=1, description="least of the teacher's largest probability, weak view")
+    tau_s: float = Field(0.2, ge=0, le=1, description="least of the teacher's largest probability, strong view")
+
+    @property
+    def needs(self) -> Needs:
+        """Both views."""
+        return Needs(second_view=True)
+
+    @property
+    def takes_several_labels(self) -> bool:
+        """No label is looked at."""
+        return True
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        views = self._views(lesson)
+        output = crld_step(*views[0], lesson.target_B, *views[1], ce_weight=0.0, **self.settings())
+        return LossOutput(output.parts["loss_kd"], {name: output.parts[f"loss_kd_{name}"] for name in ("wv", "cv")})

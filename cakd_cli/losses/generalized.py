@@ -294,6 +294,8 @@ class GDKDAutoKTerm(_GeneralizedTerm):
     function = staticmethod(gdkd_auto_k)
 
     type: Literal["gdkd-auto-k"] = "gdkd-auto-k"
+    # Of its repository's configuration, which are not GDKD's.
+    w1: Weight = Field(4.0, description="weight of low_top, inside the top")
     topk_cap: int = Field(100, ge=1, description="most classes at the top")
     ratio_threshold: float = Field(2.0, gt=0, description="by how much a class must exceed the mean of those below it")
     kl_type: KLType = Field("forward", description="direction of the KL inside the groups")
@@ -306,7 +308,11 @@ class GDKDAutoWTerm(SoftenedTerm):
     formula = "T^2 mean (KL(b) + m1 b_top KL(top k) + m2 b_rest KL(rest));  v2: w1 for m1 b_top;  v3: w2 for m2 b_rest"
     # m1 and m2 are those of ResNet32x4 -> ResNet8x4.
     objectives: ClassVar[Objectives] = {
-        "gdkd-auto-w": ({"type": "cross-entropy"}, {"type": "gdkd-auto-w", "warmup_epochs": "auto"})
+        "gdkd-auto-w": ({"type": "cross-entropy"}, {"type": "gdkd-auto-w", "warmup_epochs": "auto"}),
+        "gdkd-auto-w-v3": ({"type": "cross-entropy"}, {"type": "gdkd-auto-w", "mode": "v3", "warmup_epochs": "auto"}),
+    }
+    summaries: ClassVar[Mapping[str, str]] = {
+        "gdkd-auto-w-v3": "GDKD whose part inside the top weighs by the teacher's mass of it."
     }
     function = staticmethod(gdkd_auto_w)
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cakd_cli.losses.base import Lesson, LogitTerm, LossOutput, Objectives
+from cakd_cli.losses.base import Lesson, LogitTerm, LossOutput, Needs, Objectives
 from cakd_cli.losses.knowledge_distillation import kd
 from cakd_cli.losses.logits import check_pair, kl, soften, standardise
 from cakd_cli.losses.supervised import cross_entropy
@@ -130,26 +130,41 @@ def mlkd_step(
     Raises:
         ValueError: If shapes do not fit or a setting is out of range.
     """
-    temperatures = (temperature, 3.0, 5.0, 2.0, 6.0)
-    check_pair(student_BC, teacher_BC, temperature)
-    check_pair(student_strong_BC, teacher_strong_BC, temperature)
-    prepare = standardise if logit_standardisation else lambda logits_BC: logits_BC
-    weak = prepare(student_BC), prepare(teacher_BC)
-    strong = prepare(student_strong_BC), prepare(teacher_strong_BC)
-    masks = samples_B, _ = _less_sure(teacher_BC, 0.5)
-    raw = _levels(student_BC, teacher_BC, temperatures, masks=masks, reference_quirks=reference_quirks).parts
-    loss_kd = student_BC.new_zeros((), dtype=raw["kd"].dtype)
-    for i, one in enumerate(temperatures):
-        loss_kd = loss_kd + _masked_kd(*weak, one, samples_B, reference_quirks=reference_quirks)
-        loss_kd = loss_kd + kd(*(weak if reference_quirks and i >= 3 else strong), temperature=one).total
+    levels = _levels_of_two_views(
+        (student_BC, teacher_BC),
+        (student_strong_BC, teacher_strong_BC),
+        (temperature, 3.0, 5.0, 2.0, 6.0),
+        logit_standardisation=logit_standardisation,
+        reference_quirks=reference_quirks,
+    )
     loss_ce = ce_weight * (cross_entropy(student_BC, target_B).total + cross_entropy(student_strong_BC, target_B).total)
-    parts = {
-        "loss_ce": loss_ce,
-        "loss_kd": kd_weight * loss_kd,
-        "loss_cc": kd_weight * raw["cc"],
-        "loss_bc": kd_weight * raw["bc"],
-    }
-    return LossOutput(parts["loss_ce"] + parts["loss_kd"] + parts["loss_cc"] + parts["loss_bc"], parts)
+    parts = {"loss_ce": loss_ce} | {f"loss_{name}": kd_weight * part for name, part in levels.parts.items()}
+    return LossOutput(loss_ce + kd_weight * levels.total, parts)
+
+
+def _levels_of_two_views(
+    weak: tuple[Tensor, Tensor],
+    strong: tuple[Tensor, Tensor],
+    temperatures: Sequence[float],
+    *,
+    logit_standardisation: bool,
+    reference_quirks: bool,
+) -> LossOutput:
+    """KD of both views and the Gram matrices of the weak one, unweighted, as ``kd``, ``cc`` and ``bc``.
+
+    The official code reads the weak view for the strong one at the fourth and fifth temperature.
+    """
+    for view in (weak, strong):
+        check_pair(*view, temperatures[0])
+    masks = samples_B, _ = _less_sure(weak[1], 0.5)
+    parts = dict(_levels(*weak, temperatures, masks=masks, reference_quirks=reference_quirks).parts)
+    if logit_standardisation:
+        weak, strong = ((standardise(mine_BC), standardise(theirs_BC)) for mine_BC, theirs_BC in (weak, strong))
+    parts["kd"] = torch.zeros_like(parts["kd"])
+    for i, one in enumerate(temperatures):
+        parts["kd"] = parts["kd"] + _masked_kd(*weak, one, samples_B, reference_quirks=reference_quirks)
+        parts["kd"] = parts["kd"] + kd(*(weak if reference_quirks and i >= 3 else strong), temperature=one).total
+    return LossOutput(parts["kd"] + parts["cc"] + parts["bc"], parts)
 
 
 def _levels(
@@ -229,23 +244,43 @@ def _masked_gram(
 
 
 class MLKDTerm(LogitTerm):
-    """KD and Gram matrices at several temperatures, on one view."""
+    """KD and Gram matrices at several temperatures, on two views of each image or on one."""
 
     paper = "Jin et al. 2023, CVPR, Multi-Level Logit Distillation"
     formula = "sum_T [T^2 mean KL + |P_t' P_t - P_s' P_s|^2 / C + |P_t P_t' - P_s P_s'|^2 / B]"
+    # As published: two views, and the code's quirks.
     objectives: ClassVar[Objectives] = {
-        "mlkd": ({"type": "cross-entropy", "weight": 0.1}, {"type": "mlkd", "weight": 0.9})
+        "mlkd": (
+            {"type": "cross-entropy", "weight": 0.1, "second_view": True},
+            {"type": "mlkd", "weight": 0.9, "second_view": True, "reference_quirks": True},
+        )
     }
 
     type: Literal["mlkd"] = "mlkd"
     temperatures: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
-        (2.0, 3.0, 4.0, 5.0, 6.0), strict=False, min_length=1, description="over which everything is summed"
+        (4.0, 3.0, 5.0, 2.0, 6.0), strict=False, min_length=1, description="over which everything is summed"
     )
+    second_view: bool = Field(False, description="add KD of a second, strongly augmented view of each image")
     enable_mask: bool = Field(True, description="learn from samples and classes of which the teacher is less sure")
     quantile: float = Field(0.5, ge=0, le=1, description="share of samples and classes under the mask")
     reference_quirks: bool = Field(False, description="multiply by the masks' shares, as the official code does")
 
+    @property
+    def needs(self) -> Needs:
+        """A second view, where it is asked for."""
+        return Needs(second_view=self.second_view)
+
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        if self.second_view:
+            assert lesson.teacher_BC is not None
+            # Not the Gram matrices: standardised logits are for KD alone.
+            return _levels_of_two_views(
+                (lesson.student_BC, lesson.teacher_BC),
+                lesson.strong,
+                self.temperatures,
+                logit_standardisation=self.standardise,
+                reference_quirks=self.reference_quirks,
+            )
         student_BC, teacher_BC = self._logits(lesson)
         return _levels(
             student_BC,

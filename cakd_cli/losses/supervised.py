@@ -71,13 +71,20 @@ class CrossEntropyTerm(Term):
     multi_label: Literal["bce", "softmax"] = Field(
         "bce", description="of several labels: each class by itself, or one even target over them"
     )
+    second_view: bool = Field(False, description="add that of a second, strongly augmented view of each image")
 
     @property
     def needs(self) -> Needs:
         """No teacher."""
-        return Needs(teacher=False)
+        return Needs(teacher=False, second_view=self.second_view)
 
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
-        return cross_entropy(
-            lesson.student_BC, lesson.target_B, label_smoothing=self.label_smoothing, multi_label=self.multi_label
-        )
+        output = self._of(lesson.student_BC, lesson.target_B)
+        if not self.second_view:
+            return output
+        assert lesson.student_strong_BC is not None
+        strong = self._of(lesson.student_strong_BC, lesson.target_B).total
+        return LossOutput(output.total + strong, {**output.parts, "cross_entropy_strong": strong})
+
+    def _of(self, student_BC: Tensor, target_B: Tensor) -> LossOutput:
+        return cross_entropy(student_BC, target_B, label_smoothing=self.label_smoothing, multi_label=self.multi_label)

@@ -4,11 +4,13 @@ Shape suffixes: B batch, C classes.
 """
 
 from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from cakd_cli.losses.base import LossOutput
+from cakd_cli.losses.base import Lesson, LogitTerm, LossOutput, Needs, Objectives
 from cakd_cli.losses.knowledge_distillation import kd
 from cakd_cli.losses.logits import check_pair, check_target, soften
 from cakd_cli.losses.supervised import cross_entropy
@@ -87,3 +89,46 @@ def _own(student_BC: Tensor, target_B: Tensor, temperature: float) -> Tensor:
     label_B1 = log_BC.gather(1, target_B.unsqueeze(1))
     top_B1 = log_BC.gather(1, log_BC.argmax(1, keepdim=True))
     return temperature**2 * ((top_B1.exp() - label_B1.exp()) * (top_B1 - label_B1)).mean()
+
+
+class SLDTerm(LogitTerm):
+    """KD of teachers, and late of the student, whose logits of label and prediction changed places."""
+
+    paper = "Limantoro et al. 2025, arXiv 2504.20108"
+    formula = "sum_views,T T^2 mean KL(swap(p_teacher) || p_student), late + T^2 mean KL(swap(p_student) || p_student)"
+    # CIFAR-100 settings of the official code, after 150 of 240 epochs; published with optimizer.learning_rate=0.025.
+    objectives: ClassVar[Objectives] = {
+        "sld": (
+            {"type": "cross-entropy", "weight": 0.1, "second_view": True},
+            {"type": "sld", "weight": 0.9},
+        )
+    }
+
+    type: Literal["sld"] = "sld"
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
+        (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), strict=False, min_length=1, description="over which everything is summed"
+    )
+    student_after: int | None = Field(
+        None, ge=0, description="last epoch without the swapped student; by default five eighths of the run"
+    )
+
+    def over(self, epochs: int) -> Self:
+        """Put the epoch where the recipe leaves it to the length of the run."""
+        term = super().over(epochs)
+        return term if term.student_after is not None else term.model_copy(update={"student_after": epochs * 5 // 8})
+
+    @property
+    def needs(self) -> Needs:
+        """Both views."""
+        return Needs(second_view=True)
+
+    @property
+    def takes_several_labels(self) -> bool:
+        """It exchanges one label's logit."""
+        return False
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        weak, strong = self._views(lesson)
+        settings = self.settings() | {"ce_weight": 0.0, "kd_weight": 1.0, "epoch": lesson.epoch}
+        output = sld_step(*weak, lesson.target_B, *strong, **settings)
+        return LossOutput(output.parts["loss_kd"], {"sld": output.parts["loss_kd"]})

@@ -5,9 +5,11 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from cakd_cli.models.base import ModelSpec, num_parameters
-from cakd_cli.models.bottleneck_resnet import BottleneckResNetSpec
 from cakd_cli.models.external import ExternalSpec, TimmSpec, TorchvisionSpec, load_but_head
+from cakd_cli.models.four_stage_resnet import FourStageResNetSpec
 from cakd_cli.models.mobilenet import MobileNetSpec
+from cakd_cli.models.mobilenet_tiny_imagenet import MobileNetTinyImageNetSpec
+from cakd_cli.models.mobilenet_v1 import MobileNetV1Spec
 from cakd_cli.models.resnet import ResNetSpec
 from cakd_cli.models.shufflenet import ShuffleNetSpec
 from cakd_cli.models.vgg import VGGSpec
@@ -16,10 +18,12 @@ from cakd_cli.models.wide_resnet import WideResNetSpec
 
 ModelOptions = Annotated[
     ResNetSpec
-    | BottleneckResNetSpec
+    | FourStageResNetSpec
     | WideResNetSpec
     | VGGSpec
+    | MobileNetV1Spec
     | MobileNetSpec
+    | MobileNetTinyImageNetSpec
     | ShuffleNetSpec
     | TorchvisionSpec
     | TimmSpec,
@@ -37,9 +41,11 @@ def names() -> dict[str, type[ModelSpec]]:
 
 __all__ = [
     "SPECS",
-    "BottleneckResNetSpec",
     "ExternalSpec",
+    "FourStageResNetSpec",
     "MobileNetSpec",
+    "MobileNetTinyImageNetSpec",
+    "MobileNetV1Spec",
     "ModelOptions",
     "ModelSpec",
     "ResNetSpec",

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ class ExternalSpec(ModelSpec):
     shorthand: ClassVar[str | None] = "name"
 
     name: str
-    pretrained: bool = Field(False, description="start from the library's published weights")
+    pretrained: bool | str = False
 
     def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
         """Make the network with the published weights; a head of another size is fresh.
@@ -49,7 +49,8 @@ class ExternalSpec(ModelSpec):
     @property
     def origin(self) -> str:
         if self.pretrained and self.weights is None:
-            return f"{self.type}'s published weights"
+            named = f" {self.pretrained}" if isinstance(self.pretrained, str) else ""
+            return f"{self.type}'s published weights{named}"
         return super().origin
 
 
@@ -58,17 +59,20 @@ _SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 
 
 class TorchvisionSpec(ExternalSpec):
-    """A torchvision classifier: torchvision:NAME."""
+    """A torchvision classifier: torchvision:NAME; torchvision:NAME@WEIGHTS starts from those published weights."""
 
     type: Literal["torchvision"] = "torchvision"
     name: str = Field(description="as in torchvision.models, for example resnet18 or mobilenet_v3_small")
+    pretrained: bool | Annotated[str, Field(min_length=1)] = Field(
+        False, description="start from published weights, by name (IMAGENET1K_V1); true = torchvision's default"
+    )
 
     def _known(self) -> list[str]:
         from torchvision import models
 
         return [name for name in models.list_models(module=models) if name not in _SEVERAL_OUTPUTS]
 
-    def _check_name(self) -> None:
+    def _check_names(self) -> None:
         known = self._known()
         if self.name in _SEVERAL_OUTPUTS:
             raise RecipeError(
@@ -76,9 +80,11 @@ class TorchvisionSpec(ExternalSpec):
             )
         if self.name not in known:
             raise RecipeError(f"torchvision has no classifier '{self.name}'", hint=nearest(self.name, known))
+        if self.pretrained:
+            self._published_weights()
 
     def _check(self, in_channels: int) -> None:
-        self._check_name()
+        self._check_names()
         if in_channels != 3:
             raise RecipeError(
                 f"torchvision:{self.name} takes 3 channels, the images have {in_channels}",
@@ -91,21 +97,30 @@ class TorchvisionSpec(ExternalSpec):
         self._check(in_channels)
         return cast(nn.Module, models.get_model(self.name, weights=None, num_classes=num_classes))
 
-    def _weights(self) -> Any:
+    def _published_weights(self) -> Any:
         from torchvision import models
 
-        return models.get_model_weights(self.name).DEFAULT
+        published = models.get_model_weights(self.name)
+        if not isinstance(self.pretrained, str):
+            return published.DEFAULT
+        # Those without categories, as VGG16's for detectors, have no classifier.
+        known = {weights.name: weights for weights in published if weights.meta["categories"]}
+        if self.pretrained not in known:
+            raise RecipeError(
+                f"torchvision has no weights '{self.pretrained}' of {self.name}", hint=f"choose from {', '.join(known)}"
+            )
+        return known[self.pretrained]
 
     def missing_file(self) -> str | None:
         if not self.pretrained or self.weights is not None:
             return None
-        self._check_name()
-        return _missing_download(self.label, self._weights().url)
+        self._check_names()
+        return _missing_download(self.label, self._published_weights().url)
 
     def published(self, *, in_channels: int, num_classes: int) -> nn.Module:
         model = self.build(in_channels=in_channels, num_classes=num_classes)
         try:
-            state = self._weights().get_state_dict(progress=False, check_hash=True)
+            state = self._published_weights().get_state_dict(progress=False, check_hash=True)
         except OSError as error:
             raise InputError(
                 f"cannot fetch the weights of torchvision:{self.name}: {error}",
@@ -115,7 +130,7 @@ class TorchvisionSpec(ExternalSpec):
         return model
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        transform = self._weights().transforms()
+        transform = self._published_weights().transforms()
         return tuple(transform.mean), tuple(transform.std)
 
 
@@ -124,6 +139,8 @@ class TimmSpec(ExternalSpec):
 
     type: Literal["timm"] = "timm"
     name: str = Field(description="as in timm.create_model, for example vit_tiny_patch16_224")
+    # Which weights is part of timm's names, as in resnet50.a1_in1k.
+    pretrained: bool = Field(False, description="start from the library's published weights")
 
     def _timm(self) -> Any:
         try:

@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from cakd_cli.errors import RecipeError, first_line, nearest
 
-# What every network answers.
+# What every network answers; and a teacher that is asked about a second view of each image.
 LOGITS = "logits"
+SECOND_LOGITS = "logits of the second view"
 
 Answers = dict[str, Tensor]
 
@@ -274,7 +275,7 @@ def preactivation(network: nn.Module, stage: str, name: str) -> tuple[str, str]:
     if not norms or not isinstance(getattr(last, "relu", None), nn.ReLU):
         raise RecipeError(
             f"{name} does not tell what '{stage}' is before its last activation",
-            hint="stages of a ResNet, a wide ResNet, a VGG, MobileNetV2 and ShuffleNetV1 do",
+            hint="stages of a ResNet, a wide ResNet, a VGG, a MobileNet and ShuffleNetV1 do",
         )
     block = f"{layer}.{blocks[-1][0]}"
     return f"{block}.relu", f"{block}.{norms[-1]}"

@@ -4,7 +4,7 @@ Precedence: default < recipe file < KEY=VALUE < flag. A deeper key refines what 
 ``--loss dkd loss.1.beta=4`` does what it says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -63,6 +63,7 @@ def resolve(
     file: Path | None = None,
     defaults: Mapping[str, Any] | None = None,
     flag_names: Mapping[str, str] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Recipe:
     """Make a recipe from what a user typed.
 
@@ -72,6 +73,7 @@ def resolve(
         file: A recipe that is known to be one, whatever its name looks like.
         flag_names: What a user calls a flag, by dotted key, where it is not the key's last word.
         defaults: Values by key for what neither a file nor a word sets.
+        note: Takes a line for the user.
 
     Returns:
         The recipe; what the machine and the files decide, under ``engine`` and ``data``, may still be ``auto``.
@@ -84,9 +86,11 @@ def resolve(
     mistakes = _Mistakes()
     raw = _read(names[0], mistakes) if names else {}
     called = {"data.root": "--data-root"} | dict(flag_names or {})
+    row, own = raw.get("published"), raw.get("methods")
     methods = _methods(raw, mistakes)
     for key, value in ({"loss": "cross-entropy"} | dict(defaults or {})).items():
         raw.setdefault(key, value)
+    from_file = raw["loss"]
     for key in list(raw):
         raw[key] = _expand(key, raw[key], methods, mistakes, mistakes.origin((key,)))
 
@@ -96,6 +100,11 @@ def resolve(
         for dotted, value in flags.items()
         if value is not None and value != ()
     ]
+    asked = next((a.value for a in reversed(assignments) if a is not None and a.keys == ("loss",)), from_file)
+    if row in published.names() and isinstance(asked, str) and not (isinstance(own, dict) and asked in own):
+        assignments = [*_published_keys(row, asked, assignments), *assignments]
+        if note is not None:
+            _note_what_is_not_published(row, asked, note)
     # Stable: shallow keys first, and at one depth flags after words.
     for assignment in sorted((a for a in assignments if a is not None), key=lambda a: len(a.keys)):
         _assign(raw, assignment, methods, mistakes)
@@ -110,6 +119,18 @@ def resolve(
     if recipe.protocol == "literature":
         update["data"] = recipe.data.model_copy(update={"validation_fraction": 0.0})
     return recipe.model_copy(update=update)
+
+
+def _published_keys(row: str, method: str, typed: Sequence[_Assignment | None]) -> list[_Assignment]:
+    """Take the keys that a method was published with, but of sections that somebody replaced."""
+    replaced = {assignment.keys[0] for assignment in typed if assignment is not None and len(assignment.keys) == 1}
+    keys = {tuple(dotted.split(".")): value for dotted, value in published.other_keys(row, method).items()}
+    return [_Assignment(path, value, f"published: {row}") for path, value in keys.items() if path[0] not in replaced]
+
+
+def _note_what_is_not_published(row: str, method: str, note: Callable[[str], None]) -> None:
+    if method in losses.objectives() and method != "cross-entropy" and not published.has_settings(row, method):
+        note(f"no settings of {method} were published for {row}: cakd's own are taken, as in cakd list losses {method}")
 
 
 def _flag_name(dotted: str) -> str:
@@ -179,7 +200,7 @@ def _parse_override(word: str, mistakes: _Mistakes) -> _Assignment | None:
 
 
 def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _Mistakes, origin: str) -> Any:
-    """Turn the short forms ``digits``, ``folder:PATH``, ``torchvision:NAME``, ``dkd`` into mappings and lists."""
+    """Turn short forms (``digits``, ``folder:PATH``, ``torchvision:NAME@WEIGHTS``, ``dkd``) into mappings and lists."""
     if key == "teacher" and isinstance(value, tuple):  # a flag that was given once or more
         value = list(value) if len(value) > 1 else value[0]
     if key == "teacher" and isinstance(value, list):
@@ -195,7 +216,7 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
     if key == "data":
         return _expand_spec(value, data.names(), "data", mistakes, origin)
     if key == "model":
-        return _expand_spec(value, models.names(), "model", mistakes, origin)
+        return _with_weights(_expand_spec(value, models.names(), "model", mistakes, origin))
     if key in ("optimizer", "schedule"):
         return {"type": value}
     if key == "teacher" and not value:
@@ -205,7 +226,7 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
     if key == "teacher":
         name, _, argument = value.partition(":")
         if name in ("torchvision", "timm") and argument:
-            return {"type": name, "name": argument, "pretrained": True}
+            return _with_weights({"type": name, "name": argument, "pretrained": True})
         if value in models.names() and not Path(value).exists():
             return {"type": value}
         return {"type": "run", "path": value}
@@ -229,6 +250,14 @@ def _expand_spec(
     if name in specs and colon and not shorthand:
         mistakes.add(origin, f"{what}: '{name}' takes nothing after a colon, got '{argument}'")
     return {"type": name, shorthand: argument} if shorthand else {"type": name}
+
+
+def _with_weights(spec: dict[str, Any]) -> dict[str, Any]:
+    """Take ``torchvision:NAME@WEIGHTS`` apart."""
+    if spec["type"] != "torchvision" or "@" not in spec["name"]:
+        return spec
+    name, _, weights = spec["name"].partition("@")
+    return {**spec, "name": name, "pretrained": weights}
 
 
 def _assign(raw: dict[str, Any], assignment: _Assignment, methods: Mapping[str, Any], mistakes: _Mistakes) -> None:

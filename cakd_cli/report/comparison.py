@@ -6,6 +6,7 @@ from typing import Any
 
 from cakd_cli.errors import InputError, RecipeError, UsageError, nearest
 from cakd_cli.evaluation import metrics
+from cakd_cli.recipe import published
 from cakd_cli.report import statistics
 from cakd_cli.report.finished import Evaluations, FinishedRun, differing
 
@@ -51,6 +52,7 @@ def compare(
         for name, members in groups.items()
     }
     _add_differences(documents, values, base)
+    _add_published(documents, groups)
     teachers = [report["teacher"] for report in map(evaluations.of, runs) if "teacher" in report]
     alike = len({(teacher["name"], teacher["quality"][headline]) for teacher in teachers}) == 1
     teacher = teachers[0] if alike else None
@@ -154,6 +156,22 @@ def _add_differences(
             "p_holm": corrected[name],
             "verdict": statistics.verdict(found, corrected[name], comparisons=len(others)),
         }
+
+
+def _add_published(documents: dict[str, dict[str, Any]], groups: Mapping[str, Sequence[FinishedRun]]) -> None:
+    """Put what was published beside the groups that are named after a method and follow the literature's protocol."""
+    names = {run.facts["teacher"]["name"] for members in groups.values() for run in members if run.facts["teacher"]}
+    teacher = _architecture(names.pop()) if len(names) == 1 else ""
+    for name, document in documents.items():
+        first = groups[name][0]
+        if first.recipe.protocol == "literature":
+            known = published.figures(first.recipe.data.type, f"{teacher}-{_architecture(document['model'])}")
+            document["published"] = known.get("student" if document["alone"] else name)
+
+
+def _architecture(name: str) -> str:
+    """Name a network as tables of pairs do: without its library, its weights and where it lies."""
+    return name.partition(" of ")[0].rpartition(":")[2].partition("@")[0]
 
 
 def _two_networks(runs: Sequence[FinishedRun], evaluations: Evaluations) -> dict[str, Any] | None:

@@ -76,7 +76,10 @@ def small_curve(values: Sequence[float], width: int = 10) -> str:
 
 
 def show(stdout: Console, document: Mapping[str, Any]) -> None:
-    """Print the comparison for a terminal."""
+    """Print the comparison for a terminal, or the table of several recipes."""
+    if "sets" in document:
+        _show_sets(stdout, document)
+        return
     key = document["headline"]
     stdout.print(f"{document['data']}, {document['samples']:,} test images", markup=False)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -86,7 +89,7 @@ def show(stdout: Console, document: Mapping[str, Any]) -> None:
     table.add_column("verdict", overflow="fold")
     more = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [name for name in ("agreement", "ece", "nll", "kl", "bcd", "scd", "wcd") if _any(document, name)]
-    best = [BEST_ON_TEST] if _has_best_on_test(document) else []
+    best = _headings_of_literature(document)
     for name in ("", *best, *(FIGURES[name][0] for name in shown), "epochs"):
         more.add_column(name, justify="left" if name in ("", "epochs") else "right", overflow="fold")
     for group in document["groups"]:
@@ -99,7 +102,7 @@ def show(stdout: Console, document: Mapping[str, Any]) -> None:
             p_value(group),
             verdict(group),
         )
-        cells = [figure(group["best_on_test"], "top1", deviation=False)] if best else []
+        cells = _cells_of_literature(group, best, deviation=False)
         cells += [figure(figures.get(name), name, deviation=False) for name in shown]
         more.add_row(Text(label(group)), *cells, small_curve(group["curve"]))
     teacher = document["teacher"]
@@ -110,6 +113,47 @@ def show(stdout: Console, document: Mapping[str, Any]) -> None:
     stdout.print(more)
     for line in notes(document):
         stdout.print(line, markup=False, style="dim")
+
+
+def _show_sets(stdout: Console, document: Mapping[str, Any]) -> None:
+    headings, cells = _rows_of_sets(document, deviation=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(headings):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    stdout.print(table)
+    for line in notes(document):
+        stdout.print(line, markup=False, style="dim")
+
+
+def _rows_of_sets(
+    document: Mapping[str, Any], *, joint: str = " ± ", deviation: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Give headings and cells of methods by recipes: our figure, and what was published with the difference to it."""
+    sets = document["sets"]
+    groups = {name: {label(group): group for group in found["groups"]} for name, found in sets.items()}
+    methods = dict.fromkeys(method for of_set in groups.values() for method in of_set)
+
+    def cell(group: Mapping[str, Any] | None, key: str) -> str:
+        if group is None:
+            return ""
+        best, published = group.get("best_on_test"), group.get("published")
+        text = figure(best or group["figures"][key], "top1" if best else key, joint=joint, deviation=deviation)
+        return f"{text} ({published:.2f}, {100 * best['mean'] - published:+.2f})" if best and published else text
+
+    cells = [
+        [method, *(cell(groups[name].get(method), found["headline"]) for name, found in sets.items())]
+        for method in methods
+    ]
+    teachers = [found["teacher"] for found in sets.values()]
+    if any(teachers):
+        figures = (
+            f"{100 * teacher['quality'][found['headline']]:.2f}" if teacher else ""
+            for teacher, found in zip(teachers, sets.values(), strict=True)
+        )
+        cells.append(["teacher", *figures])
+    return ["student", *sets], cells
 
 
 def show_sweep(stdout: Console, document: Mapping[str, Any]) -> None:
@@ -125,12 +169,31 @@ def _has_best_on_test(document: Mapping[str, Any]) -> bool:
     return any(group.get("best_on_test") for group in document["groups"])
 
 
+def _headings_of_literature(document: Mapping[str, Any]) -> list[str]:
+    """Head the columns that only runs of the literature's protocol fill."""
+    published = ["published", "to it"] if any(group.get("published") for group in document["groups"]) else []
+    return [*([BEST_ON_TEST] if _has_best_on_test(document) else []), *published]
+
+
+def _cells_of_literature(
+    group: Mapping[str, Any], headings: Sequence[str], *, joint: str = " ± ", deviation: bool = True
+) -> list[str]:
+    best, published = group.get("best_on_test"), group.get("published")
+    cells = {BEST_ON_TEST: figure(best, "top1", joint=joint, deviation=deviation)}
+    if published:
+        cells["published"] = f"{published:.2f}"
+        cells["to it"] = f"{100 * best['mean'] - published:+.2f}" if best else ""
+    return [cells.get(heading, "") for heading in headings]
+
+
 def _any(document: Mapping[str, Any], name: str) -> bool:
     return any(name in group["figures"] for group in document["groups"])
 
 
 def notes(document: Mapping[str, Any]) -> list[str]:
     """Say how to read the table, and what it cannot show."""
+    if "sets" in document:
+        return _notes_of_sets(document)
     lines = []
     if document["comparisons"]:
         against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
@@ -146,6 +209,10 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         lines.append(
             "protocol literature: figures are of the last epoch; best on test is of the epoch that the test images "
             "themselves chose, as in the literature's tables, and higher for it"
+        )
+    if any(group.get("published") for group in document["groups"]):
+        lines.append(
+            "published: the paper's own best on test (recipes/published.yaml); to it: our best on test less that"
         )
     networks = document["networks"]
     if networks:
@@ -167,14 +234,29 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _notes_of_sets(document: Mapping[str, Any]) -> list[str]:
+    groups = [group for found in document["sets"].values() for group in found["groups"]]
+    counts = sorted({len(group["seeds"]) for group in groups})
+    lines = [
+        f"test top-1 in percent, mean over seeds, n {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+    ]
+    if any(group.get("best_on_test") for group in groups):
+        lines.append("best on test: of the epoch that the test images themselves chose, as in the literature's tables")
+    if any(group.get("published") for group in groups):
+        lines.append("in brackets: what the paper published, and our figure less that")
+    return [*lines, "each recipe by itself, with intervals and verdicts: cakd compare FOLDER/RECIPE"]
+
+
 def rows(document: Mapping[str, Any], joint: str) -> tuple[list[str], list[list[str]]]:
     """Give headings and cells of one wide table."""
+    if "sets" in document:
+        return _rows_of_sets(document, joint=joint)
     shown = [name for name in FIGURES if _any(document, name)]
     against = next(label(group) for group in document["groups"] if group["name"] == document["against"])
     key = document["headline"]
     shown = [key, *(name for name in shown if name != key)]
     decisive = [f"vs {against} [95%]", "p (Holm)", "verdict"]
-    best = [BEST_ON_TEST] if _has_best_on_test(document) else []
+    best = _headings_of_literature(document)
     headings = ["student", "n", FIGURES[key][0], *decisive, *best, *(FIGURES[name][0] for name in shown[1:])]
     cells = [
         [
@@ -184,7 +266,7 @@ def rows(document: Mapping[str, Any], joint: str) -> tuple[list[str], list[list[
             change(group),
             p_value(group),
             str(group.get("difference", {}).get("verdict", "")),
-            *([figure(group["best_on_test"], "top1", joint=joint)] if best else []),
+            *_cells_of_literature(group, best, joint=joint),
             *(figure(group["figures"].get(name), name, joint=joint) for name in shown[1:]),
         ]
         for group in document["groups"]
@@ -214,7 +296,7 @@ def latex(document: Mapping[str, Any]) -> str:
 
     body = "\n".join(map(line, cells))
     comments = "\n".join(f"% {text}" for text in notes(document))
-    columns = "lrrrrl" + "r" * (len(headings) - 6)
+    columns = "l" + "r" * (len(headings) - 1) if "sets" in document else "lrrrrl" + "r" * (len(headings) - 6)
     return (
         f"{comments}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(headings)}\n\\midrule\n{body}\n"
         "\\bottomrule\n\\end{tabular}\n"

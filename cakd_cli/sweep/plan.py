@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class Unit:
     """One run.
 
     Attributes:
-        name: Its folder in the sweep's.
-        group: Its method and settings without the seed.
+        name: Its folder in the sweep's; in that of its recipe, where the sweep has several.
+        group: Its method and settings without the seed, likewise.
         seed: Of the student.
         words: Of ``cakd distill``, without where it is written.
     """
@@ -43,7 +43,7 @@ def make_plan(
     """List all runs, those of one seed together, so that an early look at a sweep compares like with like.
 
     Args:
-        words: A recipe and settings; ``KEY=A,B`` stands for two settings.
+        words: Recipes and settings; ``KEY=A,B`` stands for two settings.
         flags: Words by flag, as a user types them; a list is given again and again.
         losses: Methods beside the student alone.
         seeds: Of each.
@@ -52,9 +52,19 @@ def make_plan(
         UsageError: If a list holds the same twice, or there are too many runs.
         RecipeError: If a combination is no recipe; nothing has been started.
     """
-    for what, values in (("--loss", losses), ("--seeds", seeds)):
+    recipes = [word for word in words if names_recipe(word)]
+    titles = [Path(recipe).stem for recipe in recipes]
+    for what, values in (("--loss", losses), ("--seeds", seeds), ("the list of recipes", titles)):
         if len(set(values)) < len(values):
             raise UsageError(f"{what} names one twice: {','.join(map(str, values))}")
+    if len(recipes) > 1:
+        others = [word for word in words if word not in recipes]
+        plans = [make_plan([recipe, *others], flags, losses=losses, seeds=seeds) for recipe in recipes]
+        return [
+            replace(unit, name=f"{title}/{unit.name}", group=f"{title}/{unit.group}")
+            for title, plan in zip(titles, plans, strict=True)
+            for unit in plan
+        ]
     fixed, axes = _axes(words)
     given = [part for flag, value in flags.items() for part in _given(flag, value)]
     groups: dict[str, tuple[str, ...]] = {}

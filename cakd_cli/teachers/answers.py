@@ -13,7 +13,7 @@ from torch.nn import functional
 from cakd_cli.data import Batch
 from cakd_cli.data.base import to_device
 from cakd_cli.machine.stopwatch import Stopwatch
-from cakd_cli.models.layers import Answers
+from cakd_cli.models.layers import LOGITS, SECOND_LOGITS, Answers
 from cakd_cli.teachers.memory import TeacherMemory
 
 Answered = Generator[tuple[Batch, Answers], None, None]
@@ -96,7 +96,7 @@ class AnswerSource:
                 with watch("teacher"):
                     rows_ND = self._remembered(window, self.memory)
                 for batch, rows_BD in zip(window, rows_ND.split([len(b.labels) for b in window]), strict=True):
-                    yield batch, self.memory.unpack(rows_BD)
+                    yield batch, self.memory.unpack(rows_BD) | self._second(batch, watch)
         finally:
             # Also where the run stops within an epoch.
             self.flush()
@@ -109,7 +109,15 @@ class AnswerSource:
             self.asked += len(batch.labels)
             with watch("teacher"):
                 answers = self._teacher.answer(batch.images)
-            yield batch, answers
+            yield batch, answers | self._second(batch, watch)
+
+    def _second(self, batch: Batch, watch: Stopwatch) -> Answers:
+        """Ask about the second view of each image, of which there is no end: it is never remembered."""
+        if batch.strong is None:
+            return {}
+        self.asked += len(batch.labels)
+        with watch("teacher"):
+            return {SECOND_LOGITS: self._teacher.answer(batch.strong)[LOGITS]}
 
     def _ahead(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
         """Ask on a stream of its own, a batch ahead of the student, so that both may fill the device."""
@@ -121,10 +129,14 @@ class AnswerSource:
             if batch is not None:
                 self.asked += len(batch.labels)
                 side.wait_stream(main)
-                with torch.cuda.stream(side), watch("teacher"):
-                    answers = self._teacher.answer(batch.images)
+                with torch.cuda.stream(side):
+                    with watch("teacher"):
+                        answers = self._teacher.answer(batch.images)
+                    answers |= self._second(batch, watch)
                 # Both cross streams: their memory may be used again only when the other stream is done with it.
-                batch.images.record_stream(side)
+                for images in (batch.images, batch.strong):
+                    if images is not None:
+                        images.record_stream(side)
                 for answer in answers.values():
                     answer.record_stream(main)
                 ahead = batch, answers, side.record_event()

@@ -111,6 +111,34 @@ def test_the_last_epoch_is_kept_and_the_best_on_test_told(cakd, toy_file, toy_te
     assert "chosen" in table.out or "chose" in table.out
 
 
+def test_what_was_published_stands_beside_what_was_measured(cakd, tmp_path, monkeypatch):
+    cifar_archive(tmp_path, monkeypatch)
+    more = ("--data-root", tmp_path, "--epochs", 1, "--batch-size", 100, "--device", "cpu", "engine.precision=fp32")
+    teacher = tmp_path / "teacher"
+    monkeypatch.setattr("cakd_cli.evaluation.metrics.near_chance", lambda *_: False)
+    assert cakd("train-teacher", "cifar100/teacher", "--model", "resnet56", *more, "--out", teacher).code == 0
+    words = ("distill", "cifar100/resnet56-resnet20", "--teacher", teacher, *more)
+    for method in ("kd", "cross-entropy", "cmkd"):
+        result = cakd(*words, "--loss", method, "--out", tmp_path / "runs" / f"{method}-seed0")
+        assert result.code == 0, result.err
+        assert ("no settings of cmkd were published" in result.err) == (method == "cmkd")
+
+    result = cakd("compare", tmp_path / "runs", "--json")
+
+    published = {
+        group["name"]: (group["published"], group["best_on_test"]["mean"]) for group in result.document["groups"]
+    }
+    assert {name: figure for name, (figure, _) in published.items()} == {
+        "kd": 70.66,
+        "cross-entropy": 69.06,
+        "cmkd": None,
+    }
+    table = cakd("compare", tmp_path / "runs", "--markdown").out
+    assert "| published | to it |" in table
+    assert f"| 70.66 | {100 * published['kd'][1] - 70.66:+.2f} |" in table
+    assert "published" in cakd("compare", tmp_path / "runs").out
+
+
 def test_a_killed_run_goes_on_as_it_would_have(cakd, toy_file, toy_teacher, tmp_path):
     words = ("distill", *LITERATURE, "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--loss", "kd")
     words = (*words, "--epochs", 3, "--batch-size", 48, "engine.checkpoint_seconds=0", "engine.log_interval=1")

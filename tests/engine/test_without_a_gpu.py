@@ -17,7 +17,7 @@ from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.losses import Weights
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import layers
-from cakd_cli.models.layers import LOGITS
+from cakd_cli.models.layers import LOGITS, SECOND_LOGITS
 from cakd_cli.models.resnet import ResNetSpec
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers import Teacher
@@ -61,7 +61,10 @@ def forward(name, multi_label):
         labels = torch.zeros(8, CLASSES, dtype=torch.bool) if multi_label else torch.zeros(8, dtype=torch.long)
         images = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
         answers = {key: torch.zeros(8, *shape) for key, shape in teacher.shapes.items()}
-        done = task(Batch(images, labels, samples=torch.arange(8)), answers, Weights(recipe.loss).at(3), 3)
+        strong = images if any(term.needs.second_view for term in recipe.loss) else None
+        answers |= {} if strong is None else {SECOND_LOGITS: answers[LOGITS]}
+        batch = Batch(images, labels, samples=torch.arange(8), strong=strong)
+        done = task(batch, answers, Weights(recipe.loss).at(3), 3)
     return [*done.parts.values(), done.total]
 
 

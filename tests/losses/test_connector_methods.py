@@ -118,14 +118,14 @@ def between(term, students, teachers):
 
 
 def shapes(term, students, teachers, **more):
-    looks = zip(term.needs[1:], (students, teachers), strict=True)
+    looks = zip(term.needs[1:3], (students, teachers), strict=True)
     sizes = ({look: tuple(one.shape[1:]) for look, one in zip(*pair, strict=True)} for pair in looks)
     return Shapes(*sizes, **{"batch_size": len(students[0]), **more})
 
 
 def lesson(term, students, teachers, **more):
     logits = torch.zeros(len(students[0]), 2, dtype=students[0].dtype)
-    looks = zip(term.needs[1:], (students, teachers), strict=True)
+    looks = zip(term.needs[1:3], (students, teachers), strict=True)
     return Lesson(logits, logits, logits[:, 0].long(), *(dict(zip(*pair, strict=True)) for pair in looks), **more)
 
 

@@ -30,7 +30,7 @@ def module(term, mine, theirs, weight=None):
     """What the term trains, for layers of these sizes in its order."""
     sizes = [
         {look: (size,) for look, size in zip(looks, given, strict=False)}
-        for looks, given in zip(term.needs[1:], (mine, theirs), strict=True)
+        for looks, given in zip(term.needs[1:3], (mine, theirs), strict=True)
     ]
     return term.module(Shapes(*sizes, weight))
 

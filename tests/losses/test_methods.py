@@ -44,7 +44,10 @@ METHODS = {
         f"cmkd {measure} {direction}": lambda s, t, y, measure=measure, direction=direction: losses.cmkd(
             s, t, y, difficulty=measure, direction=direction
         )
-        for measure, direction in (("entropy", "ranks-for-hard"), ("label", "ranks-for-easy"), ("confidence", "even"))
+        for measure, direction in (
+            *(("entropy-rank", "ranks-for-hard"), ("entropy", "ranks-for-hard")),
+            *(("label", "ranks-for-easy"), ("confidence", "even")),
+        )
     },
     "soft spearman": lambda s, t, y: losses.soft_spearman(s, t),
     "nkd": lambda s, t, y: losses.nkd(s, t, y, temperature=1, gamma=1.5),
@@ -114,11 +117,13 @@ def test_standardised_losses_do_not_see_the_size_of_logits(name):
 @pytest.mark.parametrize("term", [term for term in losses.TERMS if issubclass(term, LogitTerm)])
 def test_the_switch_makes_any_term_blind_to_size(term):
     student, teacher, target = draw()
-    switched = term(standardise=True, **({"reversal": 1.0} if term is losses.CTKDTerm else {}))
+    switched = term(standardise=True, **({"reversal": 1.0} if term is losses.CTKDTerm else {})).over(240)
     module = switched.module(Shapes({}, {}, torch.randn(20, 6).double(), num_classes=20))
 
-    plain = switched(Lesson(student, teacher, target), module).total
-    scaled = switched(Lesson(5 * student - 1, 0.5 * teacher + 2, target), module).total
+    plain, scaled = (
+        switched(Lesson(mine, theirs, target, student_strong_BC=mine, teacher_strong_BC=theirs), module).total
+        for mine, theirs in ((student, teacher), (5 * student - 1, 0.5 * teacher + 2))
+    )
 
     # A teacher's entropy, and what stands out in it, depend on the size: they are of z-scored logits too.
     assert_close(scaled, plain, rtol=1e-5, atol=1e-8)
@@ -196,12 +201,14 @@ class Waits(TorchDispatchMode):
 PAIR = [{"student": "a", "teacher": "b"}]
 STAGES = ("stage1", "stage2")
 # Singular values have no place to be computed where nobody waits.
-TERMS = [term().between(STAGES, STAGES) for term in losses.TERMS if term not in (losses.CTKDTerm, losses.KDSVDTerm)] + [
+TERMS = [
+    term().over(240).between(STAGES, STAGES) for term in losses.TERMS if term not in (losses.CTKDTerm, losses.KDSVDTerm)
+] + [
     losses.CTKDTerm(reversal=1.0),
     losses.CAKDFeaturesTerm(mask="activation", layers=PAIR),
     losses.CAKDFeaturesTerm(mask="grad-cam", layers=PAIR, standardise=False),
     *(losses.CAKDTerm(grouping=name) for name in ("top-k", "top-mass", "threshold")),
-    *(losses.CMKDTerm(difficulty=measure) for measure in ("entropy", "label", "confidence")),
+    *(losses.CMKDTerm(difficulty=measure) for measure in ("entropy-rank", "entropy", "label", "confidence")),
     losses.MLKDTerm(reference_quirks=True),
     losses.GDKDTerm(standardise="both"),
 ]
@@ -219,7 +226,7 @@ def test_no_term_waits_for_the_device(term, several_labels):
     sizes = {"map": maps, "preactivation": maps, "vector": vectors, "importance": vectors}
     mine, theirs = (
         {look: torch.randn(8, *sizes[look.form][i]).double() for look in looks}
-        for i, looks in enumerate(term.needs[1:])
+        for i, looks in enumerate(term.needs[1:3])
     )
     shapes = ({look: tuple(x.shape[1:]) for look, x in layers.items()} for layers in (mine, theirs))
     norms = {look: (torch.rand(6), torch.randn(6)) for look in theirs if look.form == "preactivation"}
@@ -228,7 +235,10 @@ def test_no_term_waits_for_the_device(term, several_labels):
     module = module.double() if module is not None else None
     for layer in mine.values():
         layer.requires_grad_()
-    lesson = Lesson(student.requires_grad_(), teacher, target, mine, theirs, numbers)
+    student.requires_grad_()
+    lesson = Lesson(
+        student, teacher, target, mine, theirs, numbers, student_strong_BC=student, teacher_strong_BC=teacher
+    )
 
     with Waits() as waits:
         term(lesson, module).total.backward()
@@ -479,7 +489,8 @@ def test_only_the_labels_probability_finds_a_sample_hard_that_the_teacher_gets_w
 def test_cmkd_of_easy_samples_is_the_inter_term_of_dist():
     student, teacher, target = draw(scale=1.0)
     standard = losses.standardise(student), losses.standardise(teacher)
-    easy = losses.cmkd(student, teacher * 0, target, temperature=2, direction="ranks-for-easy")
+    settings = {"temperature": 2, "difficulty": "entropy", "direction": "ranks-for-easy"}
+    easy = losses.cmkd(student, teacher * 0, target, **settings)
 
     # A teacher that gives every class the same is hard: with ranks for easy samples alone, only Pearson is left.
     assert easy.parts["difficulty"].item() == pytest.approx(1)
@@ -487,6 +498,20 @@ def test_cmkd_of_easy_samples_is_the_inter_term_of_dist():
     assert_close(
         4 * loss.parts["pearson"], losses.dist(*standard, temperature=2, beta=1, gamma=0).total, rtol=1e-9, atol=0
     )
+
+
+def test_difficulty_by_rank_spreads_over_any_batch():
+    _, teacher, target = draw(batch=5)
+    sure = 40 * teacher  # the entropies of a confident teacher hardly differ from 0
+
+    ranks = losses.sample_difficulty(sure, target, measure="entropy-rank")
+
+    entropies = losses.sample_difficulty(sure, target, measure="entropy")
+    assert sorted(ranks.tolist()) == [0, 0.25, 0.5, 0.75, 1]
+    assert torch.equal(ranks.argsort(), entropies.argsort())
+    assert losses.sample_difficulty(teacher[:1], target[:1], measure="entropy-rank").tolist() == [0.5]
+    alike = teacher[:1].expand(4, -1)
+    assert losses.sample_difficulty(alike, target[:4], measure="entropy-rank").tolist() == [0.5] * 4
 
 
 def test_cmkd_weighs_each_sample_by_its_difficulty():

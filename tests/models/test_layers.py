@@ -84,7 +84,13 @@ def test_every_network_of_ours_names_its_stages(name):
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet8x4", "resnet50", "vgg8", "shufflenet-v1", "torchvision:resnet18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet8", "resnet8x4", "resnet18", "resnet34", "resnet50"),
+        *("vgg8", "mobilenet-v1", "shufflenet-v1", "torchvision:resnet18"),
+    ],
+)
 def test_a_stage_is_the_relu_of_what_it_was_before(name):
     network = resolve([], {"data": "digits", "model": name}).model.build(in_channels=3, num_classes=10).eval()
     _make_lively(network)
@@ -98,7 +104,13 @@ def test_a_stage_is_the_relu_of_what_it_was_before(name):
         assert_close(answers[str(after)], answers[str(before)].relu())
 
 
-@pytest.mark.parametrize(("name", "number"), [("wrn-16-1", 3), ("mobilenet-v2", 4), ("vgg8", 4), ("resnet20", 3)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *(("wrn-16-1", 3), ("mobilenet-v1", 4), ("mobilenet-v2", 4), ("mobilenet-v2-tiny-imagenet", 4)),
+        *(("vgg8", 4), ("resnet18", 4), ("resnet20", 3)),
+    ],
+)
 def test_the_norm_before_the_activation(name, number):
     network = resolve([], {"data": "digits", "model": name}).model.build(in_channels=3, num_classes=10).eval()
     _make_lively(network)
@@ -114,7 +126,7 @@ def test_the_norm_before_the_activation(name, number):
         if "resnet" in name:  # the shortcut comes after the norm
             assert tap.of_input
             assert answers[str(tap)].shape == answers[f"{norm} as map"].shape
-        elif name != "mobilenet-v2" or stage == "stage4":  # elsewhere MobileNetV2 has a shortcut
+        elif "mobilenet-v2" not in name or stage == "stage4":  # elsewhere MobileNetV2 has a shortcut
             assert_close(answers[str(tap)], answers[f"{norm} as map"])
 
 
@@ -132,6 +144,18 @@ def test_a_network_that_does_not_tell_what_comes_before_its_activations(images):
 
     with pytest.raises(RecipeError, match="it does not tell what 'stage2' is before its last activation"):
         locate(network, [Tap("stage2", "preactivation")], 10, images[:1], name="it")
+
+
+def test_stages_of_the_network_for_tiny_imagenet_are_counted_as_in_the_literature(images):
+    network = resolve([], {"data": "digits", "model": "mobilenet-v2-tiny-imagenet"}).model
+    network = network.build(in_channels=3, num_classes=10).eval()
+    taps = [Tap("stage1", "map"), Tap("stage4", "map"), Tap("stage4", "preactivation"), Tap("")]
+    found = locate(network, taps, 10, images[:1], name="it")
+    answers = Tapped(network, found.taps)(images)
+
+    assert [tap.layer for tap in found.taps] == ["stage2", "conv1", "conv1.1", "conv2"]
+    assert_close(answers["conv1 as map"], functional.relu6(answers["conv1.1 as map"]))
+    assert_close(answers[LOGITS], network.conv2(answers["input of conv2"]))
 
 
 def test_a_vector_is_not_a_map(network, images):

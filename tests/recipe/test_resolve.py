@@ -55,6 +55,25 @@ def test_short_forms():
     assert [term.type for term in recipe.loss] == ["cross-entropy", "kd"]
 
 
+def test_published_weights_by_name():
+    words = ["model=torchvision:resnet18@IMAGENET1K_V1"]
+    flags = {"data": "digits", "teacher": ("torchvision:resnet50@IMAGENET1K_V1", "torchvision:resnet50"), "loss": "kd"}
+    recipe = resolve(words, flags)
+
+    assert (recipe.model.name, recipe.model.pretrained) == ("resnet18", "IMAGENET1K_V1")
+    assert [(member.name, member.pretrained) for member in recipe.teacher.members] == [
+        ("resnet50", "IMAGENET1K_V1"),
+        ("resnet50", True),
+    ]
+    assert resolve(words, flags | {"model": "torchvision:resnet34"}).model.name == "resnet34"
+    assert mistakes([], BASE | {"model": "torchvision:resnet18@"}) == [
+        "  --model: model.pretrained: input should be true or false or input should not be empty, got '' "
+        "(start from published weights, by name (IMAGENET1K_V1); true = torchvision's default)"
+    ]
+    # timm's own names say which.
+    assert resolve([], BASE | {"model": "timm:resnet50@a1"}).model.name == "resnet50@a1"
+
+
 def test_a_section_without_its_type_keeps_the_default_kind():
     recipe = resolve(["optimizer.learning_rate=0.3", "schedule.warmup_epochs=2"], BASE)
 

@@ -40,7 +40,7 @@ def edit_config(folder, change):
 def test_teacher_that_answers_as_recorded_passes(data, toy_teacher):
     teacher = load_teacher(RunTeacher(path=str(toy_teacher)), data, CPU)
 
-    checked = check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64)
+    checked = check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64, on="validation")
 
     recorded = json.loads((toy_teacher / "run.json").read_text())["metrics"]["validation"]["top1"]
     assert checked == {"top1": pytest.approx(recorded), "samples": 16}
@@ -52,7 +52,7 @@ def test_teacher_that_does_not_answer_as_recorded_is_refused(data, toy_teacher, 
     teacher = load_teacher(RunTeacher(path=str(tmp_path / "t")), data, CPU)
 
     with pytest.raises(InputError, match=r"its run recorded 42.0%"):
-        check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64)
+        check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64, on="validation")
 
 
 def test_on_other_data_the_record_does_not_count(data, toy_teacher, tmp_path):
@@ -60,7 +60,7 @@ def test_on_other_data_the_record_does_not_count(data, toy_teacher, tmp_path):
     edit_config(tmp_path / "t", lambda config: config["cakd"]["metrics"]["validation"].update(top1=0.42))
     teacher = load_teacher(RunTeacher(path=str(tmp_path / "t")), data, CPU)
 
-    check_teacher(teacher, data, same_data(teacher) | {"split_seed": 1}, CPU, batch_size=64)
+    check_teacher(teacher, data, same_data(teacher) | {"split_seed": 1}, CPU, batch_size=64, on="validation")
 
 
 def test_another_normalisation_than_in_training_is_caught(data, toy_teacher, tmp_path):
@@ -69,7 +69,7 @@ def test_another_normalisation_than_in_training_is_caught(data, toy_teacher, tmp
     teacher = load_teacher(RunTeacher(path=str(tmp_path / "t")), data, CPU)
 
     with pytest.raises(InputError, match=r"near chance|its run recorded"):
-        check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64)
+        check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64, on="validation")
 
 
 class Brightness(torch.nn.Module):
@@ -107,7 +107,7 @@ def test_a_teacher_of_the_literature_is_read_from_its_file(data, tmp_path):
 
     assert teacher.name == "resnet20"
     with pytest.raises(InputError, match="near chance"):
-        check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64)
+        check_teacher(teacher, data, same_data(teacher), CPU, batch_size=64, on="validation")
 
 
 def test_hash_is_of_the_weights_alone():

@@ -6,6 +6,8 @@ With padding p an image has (2p + 1)^2 crops, twice that with flips. A view's nu
 Shape suffixes: B batch, N samples, H and W padded height and width, C channels.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,29 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 def epoch_key(seed: int, epoch: int) -> int:
     """Hash (seed, epoch) to 32 bits."""
     return _mix_int((_mix_int(seed & _MASK) + epoch * 0x9E3779B9 + 1) & _MASK)
+
+
+class Draw(NamedTuple):
+    """Where the draws of a view come from.
+
+    Attributes:
+        seed: Of the run.
+        epoch: From 0.
+        second: Whether it is the second view of its sample.
+    """
+
+    seed: int
+    epoch: int
+    second: bool
+
+    @property
+    def view_seed(self) -> int:
+        """Seed of the crop and the flip; the second view has others than the first."""
+        return self.seed ^ (0x5EC0BD if self.second else 0)
+
+    def of(self, sample: int) -> int:
+        """Seed of what else is drawn for a sample, by its number in the training file."""
+        return sample_seed(self.view_seed ^ 0xA36, self.epoch, sample)
 
 
 def num_views(padding: int, flip: bool) -> int:

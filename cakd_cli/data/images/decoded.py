@@ -22,7 +22,7 @@ from zlib import crc32
 
 import torch
 
-from cakd_cli.data.images.pictures import header_size
+from cakd_cli.data.images.pictures import Files, header_size
 from cakd_cli.errors import InputError
 from cakd_cli.files import home, whole_folder
 
@@ -54,11 +54,11 @@ class DecodedImages:
         return {**vars(self), "_process": -1, "_files": [], "_maps": []}
 
     @classmethod
-    def of(cls, samples: list[tuple[str, int]], *, shorter_side: int, limit_gb: float) -> "DecodedImages":
+    def of(cls, files: Files, *, shorter_side: int, limit_gb: float) -> "DecodedImages":
         """Find the place of these files' decoded images; nothing is written.
 
         Args:
-            samples: Paths and labels.
+            files: Of the training images.
             shorter_side: Images are shrunk to it; smaller ones stay as they are.
             limit_gb: Most room that all of them may take, in 10^9 bytes.
 
@@ -66,12 +66,12 @@ class DecodedImages:
             InputError: If they take more, a file cannot be read, or what is kept is damaged.
         """
         digest = hashlib.sha256(f"1 {shorter_side}\n".encode())
-        for path, _ in samples:
+        for path in files:
             facts = Path(path).stat()
             digest.update(os.fsencode(f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}\n"))
         folder = home() / "decoded" / digest.hexdigest()[:16]
         here = folder.exists()
-        sizes = _read_sizes(folder, len(samples)) if here else [_kept_size(path, shorter_side) for path, _ in samples]
+        sizes = _read_sizes(folder, len(files)) if here else [_kept_size(path, shorter_side) for path in files]
         total = _CHANNELS * sum(w * h for w, h in sizes)
         if total > limit_gb * 1e9:
             raise InputError(

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from cakd_cli.data.base import (
     WHOLE,
     Batch,
-    DataSpec,
     ImageDataSet,
     Share,
     Split,
@@ -24,7 +23,8 @@ from cakd_cli.data.base import (
     hold_out,
     to_device,
 )
-from cakd_cli.data.images.augmentation import draw_views, epoch_key, num_views, take_views
+from cakd_cli.data.images.augmentation import Draw, draw_views, epoch_key, num_views, take_views
+from cakd_cli.data.images.strong import AugmentedSpec, Transform, each
 from cakd_cli.errors import InputError, RecipeError
 
 
@@ -50,14 +50,20 @@ class MemorySplit(Split):
         self.padding = padding
         self.flip = flip
         self._padded_NHWC: Tensor | None = None
+        # Beyond the crop and the flip: of the view, and of the second one; each none if nothing is done.
+        self._augment: Transform | None = None
+        self._second: Transform | None = None
+        self._has_second = False
 
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.labels_N)
 
     @property
-    def views(self) -> Views:
-        """Describe the crops and flips of the file's samples."""
+    def views(self) -> Views | None:
+        """Describe the crops and flips of the file's samples; none where more is done to them."""
+        if self._augment is not None:
+            return None
         height, width = self.images_NCHW.shape[2:]
         identity = f"crop {height}x{width} of padding {self.padding}" + (", flip" if self.flip else "")
         return Views(self.samples, num_views(self.padding, self.flip), identity)
@@ -66,8 +72,22 @@ class MemorySplit(Split):
         """Return the split with its data on a device, so that batches need no transfer."""
         return self._like(self.images_NCHW.to(device), self.labels_N.to(device), self.number_N)
 
+    def augmented(self, augment: Transform | None, second: Transform | None) -> "MemorySplit":
+        """Return the split whose training images, and second views, are augmented beyond the crop and the flip."""
+        split = self._like(self.images_NCHW, self.labels_N, self.number_N)
+        split._augment, split._second = augment, second
+        return split
+
+    def with_second_view(self) -> "MemorySplit":
+        """Return the split whose training batches hold a second view of each image."""
+        split = self._like(self.images_NCHW, self.labels_N, self.number_N)
+        split._has_second = True
+        return split
+
     def _like(self, images_NCHW: Tensor, labels_N: Tensor, number_N: Tensor) -> "MemorySplit":
-        return MemorySplit(images_NCHW, labels_N, number_N, samples=self.samples, padding=self.padding, flip=self.flip)
+        split = MemorySplit(images_NCHW, labels_N, number_N, samples=self.samples, padding=self.padding, flip=self.flip)
+        split._augment, split._second, split._has_second = self._augment, self._second, self._has_second
+        return split
 
     def num_bytes(self) -> int:
         """Memory that training on this split takes, in bytes: the images, and their padded copy."""
@@ -91,18 +111,31 @@ class MemorySplit(Split):
         order_N = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch_key(seed, epoch)))
         order_N, size = share.of(order_N, batch_size), batch_size // share.ranks
         number_N = self.number_N[order_N]
-        view_N = draw_views(number_N, seed=seed, epoch=epoch, padding=self.padding, flip=self.flip)
-        name_N = number_N * self.views.per_sample + view_N
-        order_N, view_N, sample_N = (x.to(self.labels_N.device) for x in (order_N, view_N, number_N))
+        views = self.views
+        keys = [Draw(seed, epoch, second=False)] + ([Draw(seed, epoch, second=True)] if self._has_second else [])
+        view_KN = [
+            draw_views(number_N, seed=key.view_seed, epoch=epoch, padding=self.padding, flip=self.flip) for key in keys
+        ]
+        name_N = None if views is None else number_N * views.per_sample + view_KN[0]
+        order_N, sample_N, *on_home_KN = (x.to(self.labels_N.device) for x in (order_N, number_N, *view_KN))
         for first in range(start * size, len(order_N), size):
             chosen = slice(first, first + size)
-            images = take_views(
-                self._padded_NHWC, order_N[chosen], view_N[chosen], padding=self.padding, flip=self.flip
+            images, *strong = (
+                to_device(self._seen(order_N[chosen], view_N[chosen], number_N[chosen], key), device)
+                for view_N, key in zip(on_home_KN, keys, strict=True)
             )
-            labels = self.labels_N[order_N[chosen]]
-            on_device = (to_device(x, device) for x in (images, labels, sample_N[chosen]))
-            images, labels, samples = on_device
-            yield Batch(images, labels, name_N[chosen], samples)
+            labels, samples = (to_device(x, device) for x in (self.labels_N[order_N[chosen]], sample_N[chosen]))
+            names = None if name_N is None else name_N[chosen]
+            yield Batch(images, labels, names, samples, strong[0] if strong else None)
+
+    def _seen(self, position_B: Tensor, view_B: Tensor, number_B: Tensor, draw: Draw) -> Tensor:
+        """Cut views out, and augment them as their draw says."""
+        assert self._padded_NHWC is not None
+        images = take_views(self._padded_NHWC, position_B, view_B, padding=self.padding, flip=self.flip)
+        transform = self._second if draw.second else self._augment
+        return (
+            images if transform is None else each(transform, images, [draw.of(number) for number in number_B.tolist()])
+        )
 
     def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield every sample once, in order, without augmentation."""
@@ -146,7 +179,7 @@ class _Pictures(Dataset[tuple[Any, int]]):
         return self._transform(picture), self._labels[index]
 
 
-class MemoryDataSpec(DataSpec):
+class MemoryDataSpec(AugmentedSpec):
     """Settings of data that fits in memory."""
 
     crop_padding: int = Field(0, ge=0, le=16, description="pixels added on each side before a random crop; 0 = none")
@@ -188,6 +221,7 @@ def memory_data_set(
             (test, 0, False),
         )
     ]
+    splits[0] = splits[0].augmented(spec.augmentation(), spec.augmentation(second=True))
     # Images of several labels have no class of which each part could hold its share.
     strata_N = splits[0].labels_N if train[1].ndim == 1 else torch.zeros(len(train[1]), dtype=torch.long)
     keep, held = hold_out(strata_N, spec.validation_fraction, spec.split_seed)
