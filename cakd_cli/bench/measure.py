@@ -71,8 +71,12 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     """
     if not recipe.needs_teacher:
         raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
-    if plain and any(term.needs.teacher_layers for term in recipe.loss):
+    if plain and any(term.looks_inside for term in recipe.loss):
         raise RecipeError("the plain loop compares logits alone, and the loss has features", hint="loss=cakd-logits")
+    if plain and recipe.needs_second_view:
+        raise RecipeError(
+            "the plain loop has one view of each image, and the loss looks at two", hint="loss=cakd-logits"
+        )
     # Without a memory and with one: both are measured whatever the recipe says, in RAM and of this loss alone.
     off = recipe.engine.model_copy(update={"teacher_memory": "off"})
     inputs = read_inputs(recipe.model_copy(update={"engine": off}))

@@ -48,7 +48,7 @@ class PlainLoop:
         self._loader = _loader(recipe, data)
         self._student, self._teacher, self._device = student, teacher, device
         self._terms = Weights(recipe.loss).at(1)
-        modules = (term.module(Shapes({}, {})) for term in recipe.loss)
+        modules = (term.module(Shapes({}, {}, num_classes=data.num_classes)) for term in recipe.loss)
         self._modules = [None if module is None else module.to(device) for module in modules]
         self._batches: Iterator[Any] = iter(self._loader)
         # The engine starts the workers of image files anew for each round, and so does this loop.

@@ -108,7 +108,7 @@ def _as_asked(data: ImageDataSet, recipe: Recipe) -> ImageDataSet:
     """Hold nothing out where the literature does not, and show what the loss looks at."""
     if recipe.protocol == "literature":
         data = replace(data, validation=None)
-    if any(term.needs.second_view for term in recipe.loss):
+    if recipe.needs_second_view:
         data = replace(data, train=data.train.with_second_view())
     return data
 
@@ -241,8 +241,13 @@ def _make_task(inputs: Inputs, recipe: Recipe) -> Task:
     if together:
         task.term_modules = synchronise_batch_norms(task.term_modules, device)  # type: ignore[assignment]
     if recipe.engine.compile == "on":
-        task.compile_student(recipe.engine.gradient_accumulation)
+        task.compile_student(passes(recipe))
     return task
+
+
+def passes(recipe: Recipe) -> int:
+    """Count the student's passes in a step: one a part of the batch, two where each image has a second view."""
+    return recipe.engine.gradient_accumulation * (2 if recipe.needs_second_view else 1)
 
 
 def make_source(
@@ -278,7 +283,7 @@ def make_source(
         count = len(opened.written())
         if count:
             note(f"teacher memory {identity.key}: {count:,} of {identity.rows:,} answers are known")
-    return AnswerSource(form, opened, inputs.hardware.device, note)
+    return AnswerSource(form, opened, inputs.hardware.device, note, engine.batch_size // inputs.ranks.count)
 
 
 def _in_ram(identity: Identity, facts: dict[str, str], ranks: Ranks) -> TeacherMemory:

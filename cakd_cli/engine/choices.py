@@ -16,7 +16,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from cakd_cli.data import Views
-from cakd_cli.engine.build import Inputs
+from cakd_cli.engine.build import Inputs, passes
 from cakd_cli.engine.task import taps
 from cakd_cli.errors import RecipeError
 from cakd_cli.machine.compiling import Trial, worth_compiling
@@ -279,5 +279,5 @@ def _compiled(inputs: Inputs, engine: EngineOptions) -> tuple[bool, str]:
     images = inputs.first_images()
     images = normalise(images[: -(-len(images) // engine.gradient_accumulation)])
     with contextlib.closing(Tapped(copy.deepcopy(inputs.student), found.taps)) as network:
-        trial = Trial(network, images, inputs.steps_per_epoch * engine.epochs, engine.gradient_accumulation)
+        trial = Trial(network, images, inputs.steps_per_epoch * engine.epochs, passes(inputs.recipe))
         return worth_compiling(trial, inputs.hardware, asked_for=engine.compile == "on")

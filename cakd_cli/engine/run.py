@@ -192,7 +192,8 @@ def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progr
     teacher, data = inputs.teacher, inputs.data
     if teacher is None:
         return {}
-    on: Part = "validation" if data.validation else "test" if _follows_literature(choices) else "train"
+    literature = choices.recipe.protocol == "literature"
+    on: Part = "validation" if data.validation else "test" if literature else "train"
     checked = None
     if engine.teacher_memory == "disk":
         stored = engine.teacher_memory_precision
@@ -207,11 +208,8 @@ def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progr
 
 def _measured_on(choices: Choices, data_facts: dict[str, Any]) -> dict[str, Any]:
     """Say on what a teacher was measured: the literature has no images but those of the test."""
-    return data_facts | ({"protocol": "literature"} if _follows_literature(choices) else {})
-
-
-def _follows_literature(choices: Choices) -> bool:
-    return choices.recipe.protocol == "literature"
+    protocol = choices.recipe.protocol
+    return data_facts | ({"protocol": protocol} if protocol == "literature" else {})
 
 
 def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -336,7 +334,9 @@ def _fill(job: Job, progress: Progress) -> tuple[str, int]:
             device=device,
             share=job.ranks.share(recipe),
         )
-        for _ in source.beside(batches, Stopwatch(device)):
+        # There is no end of second views, and nothing would remember what the teacher says of them.
+        first_views = (batch._replace(strong=None) for batch in batches)
+        for _ in source.beside(first_views, Stopwatch(device)):
             pass
         counts = source.take_counts()
         asked += counts["asked"]

@@ -196,6 +196,12 @@ class Term(Options):
         return Needs()
 
     @property
+    def looks_inside(self) -> bool:
+        """Whether it looks at layers, also while the recipe leaves open which."""
+        needs = self.needs
+        return bool(needs.student_layers or needs.teacher_layers) or not self.of_logits
+
+    @property
     def takes_several_labels(self) -> bool:
         """Whether a sample may have several labels, or none."""
         return True

@@ -91,11 +91,6 @@ class CRLDTerm(SoftenedTerm):
         """Both views."""
         return Needs(second_view=True)
 
-    @property
-    def takes_several_labels(self) -> bool:
-        """No label is looked at."""
-        return True
-
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
         views = self._views(lesson)
         output = crld_step(*views[0], lesson.target_B, *views[1], ce_weight=0.0, **self.settings())

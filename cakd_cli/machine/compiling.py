@@ -36,7 +36,7 @@ def compiled_student(network: nn.Module, device: torch.device, *, parts: int) ->
     Args:
         network: On the device.
         device: The run's.
-        parts: Into which a batch is cut; gradients of more than one pile up, which a graph's memory does not allow.
+        parts: Passes of a step; gradients of more than one pile up, which a graph's memory does not allow.
     """
     return compiled(network, graphed=device.type == "cuda" and parts == 1)
 
@@ -50,7 +50,7 @@ class Trial:
             statistics and gradients change.
         images: Input of the network, as many as a step sees at a time.
         steps: Steps of the run.
-        parts: Into which each step's batch is cut.
+        parts: Passes of each step.
     """
 
     network: nn.Module

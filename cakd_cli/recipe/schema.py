@@ -152,6 +152,11 @@ class Recipe(Options):
         """Whether any term of the loss looks at a teacher."""
         return any(term.needs.teacher for term in self.loss)
 
+    @property
+    def needs_second_view(self) -> bool:
+        """Whether any term of the loss looks at a second view of each image."""
+        return any(term.needs.second_view for term in self.loss)
+
     @model_validator(mode="after")
     def _check_keys_together(self) -> Self:
         wrong = [*self._wrong_loss(), *self._wrong_teacher(), *self._wrong_engine()]
@@ -190,7 +195,7 @@ class Recipe(Options):
             if not (teacher.weights or getattr(teacher, "pretrained", False)):
                 place = f"{{type: {teacher.label}, weights: FILE}} in the list" if several else "teacher.weights=FILE"
                 yield ("teacher",), f"{teacher.label} has fresh weights; give {place}, or name a run directory"
-        if several and any(term.needs.teacher_layers or not term.of_logits for term in self.loss):
+        if several and any(term.looks_inside for term in self.loss):
             yield (
                 ("teacher",),
                 "is several networks, and features are compared with one; use --loss cakd-logits",

@@ -115,7 +115,9 @@ def _group(name: str, members: Sequence[FinishedRun], evaluations: Evaluations) 
             if all(key in source for source in sources)
         },
         "validation": spread([value for value in held_out if value is not None]),
-        "best_on_test": spread([run.facts["best_on_test"]["top1"] for run in members if run.facts["best_on_test"]]),
+        "best_on_test": spread(
+            [run.facts["best_on_test"]["top1"] for run in members if "top1" in run.facts["best_on_test"]]
+        ),
         "curve": _curve(members),
     }
 

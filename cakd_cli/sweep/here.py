@@ -108,7 +108,6 @@ def train(unit: Unit, out: Path, processes: Processes, device: str = "", threads
     began = time.monotonic()
     log = out / "logs" / f"{unit.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
     while run_directory.holder(out / unit.name) and not processes.stopped_by:
         time.sleep(_WAIT_SECONDS)
     command = [sys.executable, "-m", "cakd_cli", *unit.command(out), *(["--device", device] if device else [])]

@@ -49,6 +49,7 @@ class AnswerSource:
         memory: Of views asked before; none asks about every batch.
         device: Where batches and answers live.
         note: Takes a line for the user when the memory is in trouble.
+        batch_size: Images of a full batch; the batches given may end with a smaller one.
 
     Attributes:
         asked: Images that the teacher was shown.
@@ -61,11 +62,13 @@ class AnswerSource:
         memory: TeacherMemory | None,
         device: torch.device,
         note: Callable[[str], None],
+        batch_size: int = 1,
     ) -> None:
         self._teacher = teacher
         self.memory = memory
         self._device = device
         self._note = note
+        self._batch_size = batch_size
         self._noted: set[str] = set()
         self._unwritten: list[_Unwritten] = []
         self.asked = 0
@@ -158,7 +161,9 @@ class AnswerSource:
         if len(unknown_N):
             images = torch.cat([batch.images for batch in window])
             chosen_N = self._to_device(unknown_N)
-            fresh_ND = self._ask_in_batches(images[chosen_N], len(window[0].labels), memory)
+            # A run that goes on may begin with the incomplete batch, which its first start asked about among others.
+            size = max(self._batch_size, len(window[0].labels))
+            fresh_ND = self._ask_in_batches(images[chosen_N], size, memory)
             # What a later run will read is what this one uses.
             rows_ND[chosen_N] = memory.rounded(fresh_ND)
             self._write(memory, views_N[unknown_N], fresh_ND)

@@ -68,7 +68,9 @@ def main() -> None:
         student_layers, teacher_layers = layers
         for layer in student_layers.values():
             layer.requires_grad_()
-        lesson = Lesson(ours, logits[1], target, student_layers, teacher_layers, torch.arange(BATCH))
+        numbers = torch.arange(BATCH, device=machine.device)
+        strong = {"student_strong_BC": ours, "teacher_strong_BC": logits[1]}
+        lesson = Lesson(ours, logits[1], target, student_layers, teacher_layers, numbers, **strong)
         return lambda: term(lesson, module).total.backward()
 
     ways: dict[str, Callable[[], None]] = {"step": step}

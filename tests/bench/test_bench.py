@@ -143,6 +143,8 @@ def test_the_plain_loop_knows_no_features(cakd):
 
     assert result.code == 3
     assert "the plain loop compares logits alone" in result.err
+    assert "the plain loop compares logits alone" in cakd("bench", *WORDS, "loss=at", "--against", "plain").err
+    assert "the plain loop has one view of each image" in cakd("bench", *WORDS, "loss=mlkd", "--against", "plain").err
     assert "loss=cakd-logits" in result.err
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from cakd_cli import losses
 from cakd_cli.data import Share
@@ -73,6 +74,45 @@ def test_a_second_view_leaves_the_first_as_it_is(toy_file):
         assert one.strong is None
         assert two.strong.shape == two.images.shape
         assert (two.strong != two.images).flatten(1).any(1).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("views", [0, 3], ids=["new crops", "recorded crops"])
+def test_a_second_view_of_files(tmp_path, views):
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f"{i}.png")
+    settings = {"data.image_size": 24, "data.workers": 0, "data.validation_fraction": 0.0, "data.views": views}
+    flags = {"data": f"folder:{tmp_path}", "model": "resnet8", **settings}
+    train = resolve([], flags).data.load().train
+
+    alone, both, late, other = (
+        batches(split, size=4, start=start, epoch=epoch)
+        for split, start, epoch in (
+            (train, 0, 0),
+            (train.with_second_view(), 0, 0),
+            (train.with_second_view(), 2, 0),
+            (train.with_second_view(), 0, 1),
+        )
+    )
+
+    for one, two in zip(alone, both, strict=True):
+        assert torch.equal(one.images, two.images)
+        assert one.strong is None
+        assert two.strong.shape == two.images.shape
+        assert (two.strong != two.images).flatten(1).any(1).all()
+        assert (one.views is None) == (two.views is None) == (views == 0)
+    assert torch.equal(both[2].strong, late[0].strong)
+    by_number = [
+        dict(zip(torch.cat([b.samples for b in some]).tolist(), torch.cat([b.strong for b in some]), strict=True))
+        for some in (both, other)
+    ]
+    assert any(not torch.equal(by_number[0][i], by_number[1][i]) for i in range(12))
+    augmented = resolve([], flags | {"data.augment": "trivial-augment", "data.cutout": 8}).data.load().train
+    assert not torch.equal(batches(augmented, size=4)[0].images, alone[0].images)
 
 
 def test_cutout_blackens_a_square():

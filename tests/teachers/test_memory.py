@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cakd_cli.data import Share
 from cakd_cli.errors import InputError
 from cakd_cli.machine.stopwatch import Stopwatch
 from cakd_cli.models.layers import LOGITS
@@ -345,6 +346,26 @@ def test_the_teacher_is_asked_once_per_view_and_answers_as_if_it_were_asked_each
     epochs_of(split, second, 12, seed=1)
     assert second.asked < 0.3 * live.images
     assert teacher.images <= identity.rows
+
+
+def test_an_incomplete_batch_alone_is_asked_about_as_it_was_among_others(toy_file, home):
+    """A killed run may go on with the last batch of an epoch; its answers must not depend on that."""
+    split = toy_split(toy_file)
+    identity = dataclasses.replace(IDENTITY, samples=split.views.samples, per_sample=split.views.per_sample)
+    (last,) = split.train_batches(batch_size=64, seed=0, epoch=0, start=2, device=CPU, share=Share(incomplete=True))
+    sizes = []
+
+    class Noting(Asked):
+        def answer(self, images):
+            sizes.append(len(images))
+            return super().answer(images)
+
+    source = AnswerSource(Noting(), TeacherMemory.open(identity, FACTS), CPU, print, 64)
+    ((batch, answers),) = source.beside(iter([last]), Stopwatch(CPU))
+
+    assert 0 < len(last.labels) < 64
+    assert sizes == [64]
+    assert len(answers[LOGITS]) == len(batch.labels)
 
 
 @pytest.mark.parametrize("fraction", ["0", "0.3"])

@@ -38,6 +38,10 @@ def epoch_key(seed: int, epoch: int) -> int:
     return _mix_int((_mix_int(seed & _MASK) + epoch * 0x9E3779B9 + 1) & _MASK)
 
 
+# Any two numbers: so that what one view draws says nothing of another, nor its crop of what follows the crop.
+_SECOND_VIEW, _BEYOND_THE_CROP = 0x5EC0BD, 0xA36
+
+
 class Draw(NamedTuple):
     """Where the draws of a view come from.
 
@@ -54,11 +58,11 @@ class Draw(NamedTuple):
     @property
     def view_seed(self) -> int:
         """Seed of the crop and the flip; the second view has others than the first."""
-        return self.seed ^ (0x5EC0BD if self.second else 0)
+        return self.seed ^ (_SECOND_VIEW if self.second else 0)
 
     def of(self, sample: int) -> int:
         """Seed of what else is drawn for a sample, by its number in the training file."""
-        return sample_seed(self.view_seed ^ 0xA36, self.epoch, sample)
+        return sample_seed(self.view_seed ^ _BEYOND_THE_CROP, self.epoch, sample)
 
 
 def num_views(padding: int, flip: bool) -> int:
