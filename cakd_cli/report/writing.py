@@ -237,11 +237,10 @@ def notes(document: Mapping[str, Any]) -> list[str]:
 def _notes_of_sets(document: Mapping[str, Any]) -> list[str]:
     groups = [group for found in document["sets"].values() for group in found["groups"]]
     counts = sorted({len(group["seeds"]) for group in groups})
-    lines = [
-        f"test top-1 in percent, mean over seeds, n {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
-    ]
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    lines = [f"test top-1 in percent, mean over seeds, n {seeds}"]
     if any(group.get("best_on_test") for group in groups):
-        lines.append("best on test: of the epoch that the test images themselves chose, as in the literature's tables")
+        lines[0] += "; students' of the epoch that the test images themselves chose, as in the literature's tables"
     if any(group.get("published") for group in groups):
         lines.append("in brackets: what the paper published, and our figure less that")
     return [*lines, "each recipe by itself, with intervals and verdicts: cakd compare FOLDER/RECIPE"]
