@@ -211,6 +211,9 @@ def evaluate(
     min_top1: Annotated[
         float | None, typer.Option(min=0, max=1, help="Fail with exit code 6 below this share, in [0, 1].")
     ] = None,
+    probe: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Also train a linear classifier on its features, for this data.")
+    ] = None,
     device: Device = None,
     batch_size: BatchSize = None,
     json: Json = False,
@@ -229,7 +232,7 @@ def evaluate(
         "engine.evaluation_batch_size": batch_size,
     }
     console = Console(json_mode=json, quiet=quiet, verbose=verbose)
-    command.run(run, flags, split=split.value, min_top1=min_top1, console=console)
+    command.run(run, flags, split=split.value, min_top1=min_top1, probe=probe, console=console)
 
 
 @app.command()

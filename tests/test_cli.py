@@ -33,7 +33,7 @@ FLAGS = {
     "train-teacher": COMMON_TRAIN | {"--model"},
     "distill": COMMON_TRAIN | {"--teacher", "--student", "--loss"},
     "eval": {
-        *("--data", "--data-root", "--split", "--teacher", "--min-top1", "--device", "--batch-size"),
+        *("--data", "--data-root", "--split", "--teacher", "--min-top1", "--probe", "--device", "--batch-size"),
         *("--json", "-q", "--quiet", "-v", "--verbose"),
     },
     "export": {"--format", "--out", "--overwrite", "--json", "-q", "--quiet", "-v", "--verbose"},

@@ -3,21 +3,32 @@
 from pathlib import Path
 from typing import Any
 
+from cakd_cli import data
 from cakd_cli.console import Console
+from cakd_cli.data import DataSpec
 from cakd_cli.engine import run_directory
 from cakd_cli.errors import CheckFailedError, InputError
 from cakd_cli.evaluation.measure import measure
+from cakd_cli.evaluation.probe import probe as linear_probe
+from cakd_cli.machine.hardware import choose_hardware
 from cakd_cli.models import saving
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.report import tables
 
 
-def run(run: str, flags: dict[str, Any], *, split: str, min_top1: float | None, console: Console) -> None:
+def run(
+    run: str, flags: dict[str, Any], *, split: str, min_top1: float | None, probe: str | None, console: Console
+) -> None:
     """Measure, show, and fail where the bar is not reached."""
     path = Path(run).expanduser()
     saving.read_config(path)  # first of all: whether there is a network
-    report = measure(path, recipe_of(path, flags), split=split, with_teacher=bool(flags.get("teacher")))
+    recipe = recipe_of(path, flags)
+    other = _probe_data(probe, flags) if probe else None
+    report = measure(path, recipe, split=split, with_teacher=bool(flags.get("teacher")))
+    if other is not None:
+        machine = choose_hardware(recipe.engine.device, "fp32", channels_last=recipe.engine.channels_last)
+        report["probe"] = linear_probe(path, other, machine, batch_size=recipe.engine.evaluation_batch_size)
     del report["right"]  # for comparisons of networks
     if report["as_recorded"] is False:
         console.warn(f"the {split} images of {report['data']} are not those that {run} was made with")
@@ -28,6 +39,14 @@ def run(run: str, flags: dict[str, Any], *, split: str, min_top1: float | None, 
         raise CheckFailedError(
             f"top-1 is {report['quality']['top1']:.4f}, below --min-top1 {min_top1:g}", document=report
         )
+
+
+def _probe_data(words: str, flags: dict[str, Any]) -> DataSpec:
+    given: dict[str, Any] = {"data": words, "model": "resnet8"}
+    kind = data.names().get(words.partition(":")[0])
+    if kind is not None and "root" in kind.model_fields:
+        given["data.root"] = flags.get("data.root")
+    return resolve([], given, flag_names={"data": "--probe"}).data.without_auto()[0]
 
 
 def recipe_of(path: Path, flags: dict[str, Any]) -> Recipe:

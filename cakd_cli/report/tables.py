@@ -218,6 +218,13 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
             f"n {timing['n']}) on {report['cost']['device']}",
             markup=False,
         )
+    if "probe" in report:
+        found = report["probe"]
+        stdout.print(
+            f"linear probe on {found['data']}: top-1 {found['top1']:.2%} of {found['test']:,} test images, "
+            f"{found['classes']} classes from {found['features']} features and {found['train']:,} training images",
+            markup=False,
+        )
     if teacher:
         values = teacher["fidelity"]
         stdout.print(

@@ -1,0 +1,128 @@
+"""How much a network's features say of other images: a linear classifier is trained on them, the network is not.
+
+The tables of transfer in the field's papers are such probes (CRD, arXiv 1910.10699; DKD, arXiv 2203.08679). They train
+by SGD for some epochs; here the optimum itself is found, for the loss is convex.
+
+Shape suffixes: N samples, B batch, C classes, D elements of the classifier's input.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cakd_cli.data import ImageDataSet, Split
+from cakd_cli.data.base import DataSpec, hold_out
+from cakd_cli.errors import RecipeError
+from cakd_cli.evaluation import metrics
+from cakd_cli.machine.hardware import Hardware
+from cakd_cli.models import saving
+from cakd_cli.models.layers import Tap, Tapped, locate
+from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.models.saving import SavedModel
+
+# Penalties that are tried, for features of unit variance; the best on held-out images is taken.
+_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_ITERATIONS = 200
+# Share of the training images that chooses the penalty, where the data holds nothing out itself.
+_HELD_OUT = 0.1
+
+
+def probe(run: Path, spec: DataSpec, machine: Hardware, *, batch_size: int) -> dict[str, Any]:
+    """Train a linear classifier on what a network's own classifier is given, and measure it on the test images.
+
+    Training images are not augmented. Images of another size than the network's are resized to it.
+
+    Args:
+        run: A finished run, or an exported folder.
+        spec: Other data than the network was trained on.
+        machine: Where the features are computed; in float32.
+        batch_size: Images at a time.
+
+    Returns:
+        ``data``, ``classes``, ``train`` and ``test`` (images), ``features`` (elements), ``penalty`` (the L2 penalty
+        chosen on held-out images), ``top1`` and ``nll`` (nats) on the test images.
+
+    Raises:
+        CakdError: If the run or the data is missing, or they do not fit.
+    """
+    saved = saving.read(run)
+    shown = saved.preprocessing
+    data = spec.shown_as(shown.input_size[1:], shown.crop_pct).load()
+    _check(saved, data)
+    parts = {"train": data.train, "test": data.test}
+    if data.validation is not None:
+        parts["held out"] = data.validation
+    features = {name: _features(saved, split, machine, batch_size) for name, split in parts.items()}
+    train, labels_N = features["train"]
+    if "held out" not in features:
+        keep, out = hold_out(labels_N, _HELD_OUT, seed=0)
+        features["held out"], train, labels_N = (train[out], labels_N[out]), train[keep], labels_N[keep]
+    mean_D, std_D = train.mean(0), train.std(0).clamp(min=1e-6)
+    scaled = {name: ((values - mean_D) / std_D, labels) for name, (values, labels) in features.items()}
+    found = []
+    for penalty in _PENALTIES:
+        classifier = _fitted((train - mean_D) / std_D, labels_N, data.num_classes, penalty)
+        held_out = metrics.brief(classifier(scaled["held out"][0]), scaled["held out"][1])
+        found.append((held_out["nll"], penalty, classifier))
+    _, penalty, classifier = min(found, key=lambda entry: entry[0])
+    figures = metrics.brief(classifier(scaled["test"][0]), scaled["test"][1])
+    counts = {"classes": data.num_classes, "train": len(data.train), "test": len(data.test), "features": len(mean_D)}
+    return {"data": data.name, **counts, "penalty": penalty, **figures}
+
+
+def _check(saved: SavedModel, data: ImageDataSet) -> None:
+    if data.multi_label:
+        raise RecipeError(f"a probe needs one label an image, and images of {data.name} may have several")
+    channels = saved.preprocessing.input_size[0]
+    if channels != data.channels:
+        raise RecipeError(
+            f"the network takes images of {channels} channels, those of {data.name} have {data.channels}",
+            hint="probe with other data",
+        )
+
+
+@torch.no_grad()
+def _features(saved: SavedModel, split: Split, machine: Hardware, batch_size: int) -> tuple[Tensor, Tensor]:
+    """What the classifier is given, float32 (samples, elements), and labels (samples,), on the CPU."""
+    shown, network = saved.preprocessing, machine.place(saved.model).eval()
+    example = torch.zeros(1, *shown.input_size, device=machine.device)
+    (tap,) = locate(network, [Tap()], len(saved.class_names), example, name=saved.spec.label).taps
+    tapped, normalise = Tapped(network, [tap]), Normalisation(shown.mean, shown.std, machine)
+    features, labels = [], []
+    try:
+        for batch in split.ordered_batches(batch_size=batch_size, device=machine.device):
+            images = _resized(batch.images, shown.input_size[1:])
+            features.append(tapped(normalise(images))[str(tap)].cpu())
+            labels.append(batch.labels.cpu())
+    finally:
+        tapped.close()
+    return torch.cat(features), torch.cat(labels)
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[2:] == size:
+        return images
+    resized = functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.enable_grad()
+def _fitted(features_ND: Tensor, labels_N: Tensor, classes: int, penalty: float) -> nn.Linear:
+    """Minimise the cross-entropy plus half the penalty times the weights' squared norm, from weights of zero."""
+    classifier = nn.Linear(features_ND.shape[1], classes)
+    for parameter in classifier.parameters():
+        nn.init.zeros_(parameter)
+    solver = torch.optim.LBFGS(classifier.parameters(), max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        solver.zero_grad()
+        loss = functional.cross_entropy(classifier(features_ND), labels_N)
+        loss = loss + penalty / 2 * classifier.weight.square().sum()
+        loss.backward()
+        return loss.item()
+
+    solver.step(closure)
+    return classifier.requires_grad_(False)
