@@ -111,6 +111,7 @@ def test_the_last_epoch_is_kept_and_the_best_on_test_told(cakd, toy_file, toy_te
     assert "chosen" in table.out or "chose" in table.out
 
 
+@pytest.mark.slow
 def test_what_was_published_stands_beside_what_was_measured(cakd, tmp_path, monkeypatch):
     cifar_archive(tmp_path, monkeypatch)
     more = ("--data-root", tmp_path, "--epochs", 1, "--batch-size", 100, "--device", "cpu", "engine.precision=fp32")
