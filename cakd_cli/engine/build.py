@@ -20,7 +20,7 @@ from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.machine.sharding import shard
 from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.models.layers import stages
-from cakd_cli.recipe.schema import Recipe
+from cakd_cli.recipe.schema import Recipe, SGDOptions
 from cakd_cli.teachers import Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
 from cakd_cli.teachers.forms import make_form
@@ -168,6 +168,12 @@ def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
 
 
 def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    if ranks.count > 1 and isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.delta:
+        raise RecipeError(
+            f"optimizer.delta is {recipe.optimizer.delta:g}, and two momenta are for one process; "
+            f"this run has {ranks.count}",
+            hint="start it without torchrun, or set optimizer.delta=0",
+        )
     parts = ranks.count * recipe.engine.gradient_accumulation
     if recipe.engine.batch_size % parts:
         by = f"{ranks.count} processes" + (f" in {parts // ranks.count} parts each" if parts > ranks.count else "")

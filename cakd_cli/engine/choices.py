@@ -22,7 +22,7 @@ from cakd_cli.errors import RecipeError
 from cakd_cli.machine.compiling import Trial, worth_compiling
 from cakd_cli.models.layers import Tap, Tapped, locate
 from cakd_cli.models.normalisation import Normalisation
-from cakd_cli.recipe.schema import EngineOptions, Recipe
+from cakd_cli.recipe.schema import EngineOptions, Recipe, SGDOptions
 from cakd_cli.teachers import Teacher, forms, memory
 from cakd_cli.teachers.forms import Form
 from cakd_cli.teachers.memory import Identity, identify
@@ -94,8 +94,8 @@ def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Cho
     recipe, machine = inputs.recipe, inputs.hardware
     reasons = dict(inputs.reasons)
     engine = recipe.engine.model_copy(update={"device": str(machine.device), "precision": machine.precision})
-    if engine.parallel == "fsdp":
-        reasons |= {"engine.compile": "what is cut over processes is not compiled"} if engine.compile != "off" else {}
+    if not_compiled := _not_compiled(recipe):
+        reasons |= {"engine.compile": not_compiled} if engine.compile != "off" else {}
         engine = engine.model_copy(update={"compile": "off"})
     decay, warnings = _average_decay(engine, inputs.steps_per_epoch * engine.epochs)
     engine = engine.model_copy(update={"ema_decay": decay})
@@ -119,6 +119,15 @@ def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Cho
         engine = engine.model_copy(update={"compile": "on" if compiled else "off"})
     recipe = recipe.model_copy(update={"engine": engine})
     return Choices(replace(inputs, recipe=recipe), recipe, reasons, (*warnings, *_warnings(inputs)))
+
+
+def _not_compiled(recipe: Recipe) -> str:
+    """Why the student cannot be compiled; empty if it can."""
+    if recipe.engine.parallel == "fsdp":
+        return "what is cut over processes is not compiled"
+    if isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.delta:
+        return "two momenta (optimizer.delta) go through the student's graph twice"
+    return ""
 
 
 def _average_decay(engine: EngineOptions, steps: int) -> tuple[float, list[str]]:

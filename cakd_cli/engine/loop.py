@@ -139,7 +139,7 @@ class Trainer:
                 if step.gradient_norms is not None:
                     self.norms_epoch, self.norms = number, self._norms_of_all(step.gradient_norms)
                 with self.task.watch("backward"):
-                    (self.optimizer.scaled(step.total) / parts).backward()
+                    self.optimizer.backward(step, parts)
             self._add(step.parts)
         self._graph_known = True
         with self.task.watch("optimizer"):

@@ -1,15 +1,16 @@
 """One call a step: learning rate, guard against values that are not finite, optimizer, average; it never waits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cakd_cli.engine.distributed import ALONE, Ranks
-from cakd_cli.engine.task import Task
+from cakd_cli.engine.task import Step, Task
 from cakd_cli.machine.sharding import is_cut, load_whole, own_share, put_together, share_of, whole_state
 from cakd_cli.recipe.schema import (
     AdamWOptions,
@@ -55,21 +56,37 @@ class Optimizer:
         self._whole = dict(task.named_parameters())
         self.parameters = {name: _own_parameter(parameter) for name, parameter in self._whole.items()}
         self.torch_optimizer = make_optimizer(recipe.optimizer, list(self.parameters.values()))
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        groups = self.torch_optimizer.param_groups
-        self._names = [names[id(parameter)] for group in groups for parameter in group["params"]]  # as torch counts
+        self._of_teacher = OwnMomentum(self.parameters, recipe) if getattr(recipe.optimizer, "delta", 0) else None
         self.average = None if average is None else Average(average, task.student, recipe.engine.ema_decay)
         self._scale = LossScale(task.hardware.device) if task.hardware.precision == "fp16" else None
         self.raised = torch.zeros((), device=task.hardware.device)
         self.first_bad_step = torch.full((), -1.0, device=task.hardware.device)
-        self.torch_optimizer.found_inf = self.raised  # type: ignore[attr-defined]
-        if isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.momentum:
+        for optimizer in self._optimizers.values():
+            optimizer.found_inf = self.raised  # type: ignore[attr-defined]
             # A first step that is left out would leave the fused kernel's own buffers as memory happened to be.
-            for parameter in self.parameters.values():
-                self.torch_optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group.get("momentum") else ():
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """What the gradient is taken of."""
+    @property
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Torch's, by the name that a checkpoint gives them."""
+        both: dict[str, torch.optim.Optimizer] = {"optimizer.": self.torch_optimizer}
+        return both if self._of_teacher is None else both | {"teacher.": self._of_teacher.torch_optimizer}
+
+    def backward(self, step: Step, parts: int) -> None:
+        """Add the gradient of a part of a batch.
+
+        Args:
+            step: Its loss.
+            parts: Into which the batch is cut.
+        """
+        total = step.total
+        if self._of_teacher is not None:
+            total = self._of_teacher.take(step, self._scaled, parts)
+        (self._scaled(total) / parts).backward()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self._scale is None else loss * self._scale.factor
 
     def step(self, number: int, loss: Tensor) -> None:
@@ -80,8 +97,9 @@ class Optimizer:
             loss: Its value, or a sum that holds it.
         """
         rate = self.learning_rate(number)
-        for group in self.torch_optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         for own, parameter in zip(self.parameters.values(), self._whole.values(), strict=True):
             if own is not parameter:
                 own.grad = None if parameter.grad is None else own_share(parameter.grad)
@@ -89,11 +107,14 @@ class Optimizer:
         self._look(loss, number)
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad(set_to_none=True)
+        if self._of_teacher is not None:
+            self._of_teacher.step()
         if self.average is not None:
             self.average.update(first=number == 0)
 
     def _look(self, loss: Tensor, number: int) -> None:
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        gradients += [] if self._of_teacher is None else list(self._of_teacher.gradients.values())
         if self._scale is None:
             norm = torch.nn.utils.get_total_norm(gradients)
             bad = ~(loss.detach().isfinite() & norm.isfinite())
@@ -105,7 +126,8 @@ class Optimizer:
         self.first_bad_step.copy_(torch.where(bad > self.raised, float(number), self.first_bad_step))
         self.raised.copy_(torch.maximum(self.raised, bad))
         if self._scale is not None:
-            self.torch_optimizer.found_inf = torch.maximum(self.raised, overflown)  # type: ignore[attr-defined]
+            for optimizer in self._optimizers.values():
+                optimizer.found_inf = torch.maximum(self.raised, overflown)  # type: ignore[attr-defined]
 
     def learning_rate(self, number: int) -> float:
         """Rate of a step, from 0 over the whole run."""
@@ -120,9 +142,11 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps, by parameter name and whole; the optimizers here keep nothing else."""
         tensors = {
-            f"optimizer.{self._names[number]}.{name}": self._put_together(value, self._names[number])
-            for number, entry in self.torch_optimizer.state_dict()["state"].items()
-            for name, value in entry.items()
+            f"{prefix}{names[number]}.{kind}": self._put_together(value, names[number])
+            for prefix, optimizer in self._optimizers.items()
+            for names in [self._names(optimizer)]
+            for number, entry in optimizer.state_dict()["state"].items()
+            for kind, value in entry.items()
             if value is not None
         }
         if self._scale is not None:
@@ -130,6 +154,11 @@ class Optimizer:
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in whole_state(self.average.network).items()}
         return tensors
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Name the parameters in the order in which torch counts them."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
     def _put_together(self, value: Tensor, name: str) -> Tensor:
         # What AdamW counts has no dimension, and is no share of anything.
@@ -141,9 +170,18 @@ class Optimizer:
         Raises:
             KeyError, RuntimeError, ValueError: If the tensors are not this optimizer's.
         """
-        numbers = {name: number for number, name in enumerate(self._names)}
+        for prefix, optimizer in self._optimizers.items():
+            self._restore(optimizer, under(prefix, tensors))
+        if self._scale is not None:
+            self._scale.factor.copy_(tensors["scale.factor"])
+            self._scale.good_steps.copy_(tensors["scale.good_steps"])
+        if self.average is not None:
+            load_whole(self.average.network, under("average.", tensors))
+
+    def _restore(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
         state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in under("optimizer.", tensors).items():
+        for key, tensor in tensors.items():
             name, _, kind = key.rpartition(".")
             parameter = self.parameters[name].detach()
             if tensor.shape == self._whole[name].shape:
@@ -151,18 +189,61 @@ class Optimizer:
                 # Fused kernels walk through memory: a moment must lie in memory as its parameter does.
                 tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(numbers[name], {})[kind] = tensor
-        groups = self.torch_optimizer.state_dict()["param_groups"]
-        self.torch_optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if self._scale is not None:
-            self._scale.factor.copy_(tensors["scale.factor"])
-            self._scale.good_steps.copy_(tensors["scale.good_steps"])
-        if self.average is not None:
-            load_whole(self.average.network, under("average.", tensors))
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _own_parameter(parameter: nn.Parameter) -> nn.Parameter:
     """Give what this process trains of a parameter: all of it, unless it is cut over the processes."""
     return nn.Parameter(own_share(parameter.detach())) if is_cut(parameter) else parameter
+
+
+class OwnMomentum:
+    """The teacher's half of DOT (arXiv 2307.08436): its gradient, and the momentum that is its own.
+
+    A step moves the weights by both halves. What only the teacher's terms train, as a connector, has the momentum
+    between both and the weight decay, as in the official code; weights of the student have their decay in the labels'
+    half.
+
+    Args:
+        parameters: By name, as a task has them.
+        recipe: Whose optimizer has a delta.
+
+    Attributes:
+        gradients: Of the teacher's terms, of the batch under way, by parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> None:
+        options = recipe.optimizer
+        assert isinstance(options, SGDOptions)
+        self._asks = [bool(term.needs.teacher) for term in recipe.loss]
+        shared = [parameter for name, parameter in parameters.items() if name.startswith("student.")]
+        own = [parameter for name, parameter in parameters.items() if not name.startswith("student.")]
+        groups: list[dict[str, Any]] = [{"params": shared, "momentum": options.momentum + options.delta}]
+        if own:
+            groups.append({"params": own, "momentum": options.momentum, "weight_decay": options.weight_decay})
+        self._parameters = [*shared, *own]
+        self.torch_optimizer = torch.optim.SGD(groups, lr=options.learning_rate, fused=True)
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+
+    def take(self, step: Step, scaled: Callable[[Tensor], Tensor], parts: int) -> Tensor:
+        """Add the gradient of the teacher's terms, and give the loss of the others."""
+        of_teacher = torch.stack([term for term, asks in zip(step.terms, self._asks, strict=True) if asks]).sum()
+        others = torch.stack([term for term, asks in zip(step.terms, self._asks, strict=True) if not asks]).sum()
+        found = torch.autograd.grad(scaled(of_teacher) / parts, self._parameters, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, found, strict=True):
+            if gradient is not None:
+                known = self.gradients.get(parameter)
+                self.gradients[parameter] = gradient if known is None else known + gradient
+        return others
+
+    def step(self) -> None:
+        """Move the weights, and forget the gradients."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+        self.torch_optimizer.step()
+        self.torch_optimizer.zero_grad(set_to_none=True)
+        self.gradients = {}
 
 
 # Gradients that overflow at this scale overflow without one.
@@ -215,7 +296,7 @@ def make_optimizer(options: SGDOptions | AdamWOptions, parameters: list[nn.Param
         return torch.optim.SGD(
             groups,
             lr=options.learning_rate,
-            momentum=options.momentum,
+            momentum=options.momentum - options.delta,
             nesterov=options.nesterov,
             weight_decay=options.weight_decay,
             fused=True,

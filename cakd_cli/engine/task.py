@@ -30,12 +30,14 @@ class Step(NamedTuple):
         total: The weighted sum, differentiable.
         parts: ``loss``, ``top1`` (of training images, in [0, 1]) and the unweighted parts of each term, by name,
             without gradient.
+        terms: Each term's share of the total, in the recipe's order.
         gradient_norms: How strongly each term acts on the logits: the Frobenius norm of its gradient there, weight
             included; -1 for a term that does not look at the logits. None unless it was asked for.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    terms: tuple[Tensor, ...]
     gradient_norms: Tensor | None = None
 
 
@@ -175,7 +177,7 @@ class Task(nn.Module):
         parts["loss"] = total.detach()
         # After all terms: a backward pass lets go of gathered shares (FSDP2).
         measured = [_norm_of_gradient(term, lesson.student_BC) for term in weighted if norms]
-        return Step(total, parts, torch.stack(measured) if measured else None)
+        return Step(total, parts, tuple(weighted), torch.stack(measured) if measured else None)
 
     def _add_parts(self, parts: dict[str, Tensor], number: int, output: LossOutput) -> None:
         for name, part in output.parts.items():

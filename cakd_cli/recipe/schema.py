@@ -26,6 +26,13 @@ class SGDOptions(_OptimizerOptions):
     momentum: float = Field(0.9, ge=0, lt=1, description="share of the last step that is kept")
     nesterov: bool = Field(True, description="look ahead along the momentum")
     weight_decay: float = Field(5e-4, ge=0, le=1, description="L2 penalty, added to the gradient")
+    delta: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="DOT (arXiv 2307.08436): terms that look at the teacher have a momentum of their own, larger by "
+        "this, and the others one smaller by this; 0 = one for all",
+    )
 
 
 class AdamWOptions(_OptimizerOptions):
@@ -205,6 +212,8 @@ class Recipe(Options):
         engine = self.engine
         if isinstance(self.optimizer, SGDOptions) and self.optimizer.nesterov and not self.optimizer.momentum:
             yield ("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false"
+        if isinstance(self.optimizer, SGDOptions) and self.optimizer.delta:
+            yield from self._wrong_momenta(self.optimizer)
         if engine.parallel == "fsdp":
             for key, value in (("compile", "on"), ("teacher_form", "compiled")):
                 if getattr(engine, key) == value:
@@ -223,3 +232,13 @@ class Recipe(Options):
                 f"is {self.schedule.warmup_epochs:g}, longer than the run of {engine.epochs} epochs; "
                 "set schedule.warmup_epochs=0",
             )
+
+    def _wrong_momenta(self, options: SGDOptions) -> Iterator[tuple[Keys, str]]:
+        if options.nesterov:
+            yield ("optimizer", "nesterov"), "does not go with two momenta (delta); set optimizer.nesterov=false"
+        if not options.delta <= options.momentum < 1 - options.delta:
+            yield ("optimizer", "delta"), f"is {options.delta:g}: momentum {options.momentum:g} +- delta leaves [0, 1)"
+        if len({bool(term.needs.teacher) for term in self.loss}) == 1:
+            yield ("optimizer", "delta"), "tells the teacher's terms from the labels', and the loss has one kind alone"
+        if self.engine.compile == "on":
+            yield ("engine", "compile"), "is on, and two momenta (optimizer.delta) go through the student's graph twice"

@@ -219,12 +219,7 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
             markup=False,
         )
     if "probe" in report:
-        found = report["probe"]
-        stdout.print(
-            f"linear probe on {found['data']}: top-1 {found['top1']:.2%} of {found['test']:,} test images, "
-            f"{found['classes']} classes from {found['features']} features and {found['train']:,} training images",
-            markup=False,
-        )
+        stdout.print(_probe(report["probe"]), markup=False)
     if teacher:
         values = teacher["fidelity"]
         stdout.print(
@@ -239,6 +234,13 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
     worst = sorted((share, name) for name, share in report["per_class"].items() if share is not None)[:5]
     stdout.print(
         "\nleast recognised classes: " + ", ".join(f"{name} {share:.1%}" for share, name in worst), markup=False
+    )
+
+
+def _probe(found: Mapping[str, Any]) -> str:
+    return (
+        f"linear probe on {found['data']}: top-1 {found['top1']:.2%} of {found['test']:,} test images, "
+        f"{found['classes']} classes from {found['features']} features and {found['train']:,} training images"
     )
 
 

@@ -231,11 +231,12 @@ def test_terms_are_weighted_summed_and_named(make_trainer):
     batch = next(trainer.data.train.train_batches(batch_size=16, seed=0, epoch=0, start=0, device=torch.device("cpu")))
 
     teacher = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-    total, parts, norms = trainer.task(batch, {LOGITS: teacher}, trainer.weights.at(1), 1, norms=True)
+    total, parts, weighted, norms = trainer.task(batch, {LOGITS: teacher}, trainer.weights.at(1), 1, norms=True)
 
     assert list(parts) == ["loss", "top1", "cross_entropy", "kd", "kd_2"]
     expected = 0.5 * parts["cross_entropy"] + 2 * parts["kd"] + parts["kd_2"]
     torch.testing.assert_close(total.detach(), expected)
+    torch.testing.assert_close(torch.stack(weighted).sum(), total)
     assert norms.shape == (3,)
 
 
