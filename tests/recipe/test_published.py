@@ -80,6 +80,10 @@ TRAINING = {
     }.items()
     for pair in ("resnet34-resnet18", "resnet50-mobilenet-v1")
 }
+TRAINING |= {
+    f"tiny-imagenet/{name}": Training(200, 256, 0.2, 5e-4, (60, 120, 160))
+    for name in ("teacher", "resnet18-mobilenet-v2", "resnet18-shufflenet-v2")
+}
 # Of rows that are no recipe; of vit-gdkd's torchvision recipe, Swin-T's.
 EPOCHS = {"imagenet/vit": 300} | {name: training.epochs for name, training in TRAINING.items()}
 
@@ -207,6 +211,7 @@ VIT = {
     "gdkd3": gdkd(1, 1, 1, kind="gdkd3", temperature=1, warmup_epochs=0),
     "dist": dist(temperature=1),
 }
+SOFT_KD = {"kd": [entry("cross-entropy", 0.1), entry("kd", 0.9, temperature=4, standardise=False)]}
 # Tuned from ImageNet's weights.
 TUNED = {
     "resnet34-resnet18": {"gdkd": gdkd(0.5, 1, 1, temperature=1, warmup_epochs=1)},
@@ -218,6 +223,7 @@ ROWS = (
     | {f"imagenet/{pair}": {"kd": HALF_KD, "dist": dist(temperature=1)} | row for pair, row in IMAGENET.items()}
     | {"imagenet/vit": VIT}
     | {f"{data}/{pair}": row for data in ("tiny-imagenet", "cub200") for pair, row in TUNED.items()}
+    | {f"tiny-imagenet/resnet18-{student}": SOFT_KD for student in ("mobilenet-v2", "shufflenet-v2")}
 )
 
 
