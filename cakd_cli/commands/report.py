@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cakd_cli.commands.compare import runs_in
+from cakd_cli.commands.compare import runs_in, sets_in
 from cakd_cli.console import Console
 from cakd_cli.errors import InputError, UsageError
 from cakd_cli.report import finished, page
@@ -19,6 +19,12 @@ def run(paths: list[str], *, out: str, against: str | None, different: bool, ove
         raise InputError(f"{path} is no file", hint="--out report.html")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists", hint="--overwrite replaces it")
+    sets = sets_in(paths)
+    if sets:
+        raise InputError(
+            f"{paths[0]} has runs of several recipes, and a page is about one: {', '.join(sets)}",
+            hint=f"cakd report {next(iter(sets.values()))} (cakd compare {paths[0]} is a table of all)",
+        )
     runs = runs_in(paths)
     document = compare(runs, finished.Evaluations(), against=against, different=different)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,3 +50,8 @@ def test_a_folder_of_sets_is_one_table(cakd, toy_file, toy_teacher, tmp_path):
     assert "teacher" in table
     assert "lrr" in latex
     assert "cakd compare FOLDER/RECIPE" in shown
+
+    page = cakd("report", tmp_path / "table", "--out", tmp_path / "page.html")
+    assert page.code == 4
+    assert "has runs of several recipes, and a page is about one: narrow, wide" in page.err
+    assert not (tmp_path / "page.html").exists()
