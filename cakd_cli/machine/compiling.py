@@ -27,7 +27,8 @@ def compiled(network: nn.Module, *, graphed: bool) -> Callable[[Tensor], Any]:
     """
     # It warns on machines without a GPU that they have none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return torch.compile(network, mode="reduce-overhead" if graphed else "default")
+    # Each size of a batch is compiled for itself: after a second size, kernels for any would serve the first as well.
+    return torch.compile(network, mode="reduce-overhead" if graphed else "default", dynamic=False)
 
 
 def compiled_student(network: nn.Module, device: torch.device, *, parts: int) -> Callable[[Tensor], Any]:
@@ -74,7 +75,7 @@ def worth_compiling(trial: Trial, hardware: Hardware, *, asked_for: bool) -> tup
         HardwareError: If it was asked for and cannot be done.
     """
     calls = trial.steps * trial.parts
-    with torch.random.fork_rng(devices=[hardware.device] if hardware.device.type == "cuda" else []):
+    with hardware.same_random_numbers():
         network = trial.network.train()
         _seconds(network, trial.images, hardware)  # the first call of a kernel is not like the others
         eager = min(_seconds(network, trial.images, hardware) for _ in range(_ROUNDS))

@@ -1,6 +1,7 @@
 """Which accelerator, precision and memory layout a run uses, and why."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +44,11 @@ class Hardware:
     def is_half(self) -> bool:
         """Whether networks compute in 16 bits."""
         return self.precision in HALVES
+
+    @property
+    def fast_bf16(self) -> bool:
+        """Whether the device multiplies bf16 matrices faster than fp32 ones."""
+        return bool(_native_bf16(self.device))
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device in the chosen memory layout."""
@@ -91,6 +97,15 @@ class Hardware:
         if self.device.type != "cpu" and self.device.type in states:
             torch.get_device_module(self.device).set_rng_state(states[self.device.type], *self._which())
 
+    @contextlib.contextmanager
+    def same_random_numbers(self) -> Iterator[None]:
+        """Leave the random numbers of a step as they were before what is inside drew some."""
+        states = self.random_state()
+        try:
+            yield
+        finally:
+            self.restore_random_state(states)
+
     def _which(self) -> tuple[torch.device, ...]:
         # torch.mps has one generator, and its functions take no device.
         return () if self.device.type == "mps" else (self.device,)
@@ -123,12 +138,13 @@ def choose_hardware(
         # Events and streams that name no device are the current one's.
         torch.accelerator.set_device_index(found.index)
     if found.type == "cuda":
+        _check_kernels(found)
         # cuDNN's default would round the inputs of fp32 convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
     native = _native_bf16(found)
     if precision == "auto":
         precision, reasons["engine.precision"] = _best_precision(found, native)
-    elif precision == "bf16" and found.type == "cuda" and not native:
+    elif precision == "bf16" and found.type in ("cuda", "xpu") and not native:
         raise HardwareError(f"{describe(found)} cannot compute in bf16", hint="engine.precision=fp32")
     return Hardware(found, precision, channels_last, reasons)
 
@@ -168,6 +184,32 @@ def _own_device(device: torch.device, number: int) -> torch.device:
     return torch.device(device.type, number)
 
 
+def _check_kernels(device: torch.device) -> None:
+    """Refuse a GPU that this build of torch has no kernels for, which the first kernel would say in words of its own.
+
+    Kernels for a generation (``sm_80``) run on its later members too, those for one member (``sm_90a``) there alone,
+    and PTX (``compute_90``) on all that came later.
+
+    Raises:
+        HardwareError: Naming the GPU, and what there are kernels for.
+    """
+    built = torch.cuda.get_arch_list()
+    # AMD's names are others, and promise nothing about a later GPU.
+    found = [match for name in built if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name))]
+    if not found:
+        return
+    here = torch.cuda.get_device_capability(device)
+    for kind, major, minor, suffix in (match.groups() for match in found):
+        least = int(major), int(minor)
+        if least == here or (suffix != "a" and least <= here and (kind == "compute" or least[0] == here[0])):
+            return
+    raise HardwareError(
+        f"torch {torch.__version__} has no kernels for {describe(device)}, of compute capability {here[0]}.{here[1]}: "
+        f"it is built for {', '.join(built)}",
+        hint="install a torch that is built for it (https://pytorch.org/get-started), or --device cpu",
+    )
+
+
 def _best_precision(device: torch.device, native_bf16: str) -> tuple[str, str]:
     """Choose the fastest precision that trains alike, and say why."""
     if native_bf16:
@@ -181,6 +223,8 @@ def _native_bf16(device: torch.device) -> str:
     """Say why bf16 is fast here, or nothing."""
     if device.type == "cuda":
         return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    if device.type == "xpu":
+        return "native bf16" if torch.xpu.is_bf16_supported(including_emulation=False) else ""
     if device.type == "cpu":
         return next((name for name in ("amx_bf16", "avx512_bf16") if _cpu_capabilities().get(name)), "")
     return ""

@@ -71,6 +71,7 @@ class AnswerSource:
         self._batch_size = batch_size
         self._noted: set[str] = set()
         self._unwritten: list[_Unwritten] = []
+        self._side: torch.cuda.Stream | None = None
         self.asked = 0
         self.remembered = 0
 
@@ -124,7 +125,9 @@ class AnswerSource:
 
     def _ahead(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
         """Ask on a stream of its own, a batch ahead of the student, so that both may fill the device."""
-        main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        # One for all epochs: what is freed on a stream is used again by the same stream alone.
+        side = self._side = self._side or torch.cuda.Stream(self._device)
+        main = torch.cuda.current_stream(self._device)
         before: tuple[Batch, Answers, torch.cuda.Event] | None = None
         while True:
             batch = next(batches, None)

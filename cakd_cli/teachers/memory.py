@@ -10,7 +10,7 @@ A folder of $CAKD_HOME/teacher-memory, named by a hash of everything that decide
 A row counts once its checksum is there, and is written before it, so a killed process leaves a row whole or unknown.
 A row that does not match its checksum, whatever happened to it, is as unknown as one that was never written.
 
-Shape suffixes: B rows asked for, D width of an answer.
+Shape suffixes: B rows asked for, K those of them that are known, D numbers of an answer, W bytes of a row.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import json
 import math
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -29,7 +28,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cakd_cli.data import ImageDataSet
@@ -39,8 +40,13 @@ from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models.layers import Answers
 from cakd_cli.teachers.network import Teacher
 
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
+
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _CHECKSUM_BYTES = 4
+# Rows that are looked at together where all of them are.
+_MANY = 1 << 14
 # What memory.json says beside the identity: names for people.
 FACTS = ("teacher", "data")
 # Part of every identity: another layout is another memory.
@@ -173,9 +179,10 @@ class TeacherMemory:
         self.stopped = ""  # why nothing is recorded any more
         self._sizes = (identity.rows * identity.row_bytes, identity.rows * _CHECKSUM_BYTES)
         self._files: list[int] = []
+        self._maps: list[Bytes] = []
         if folder is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # takes room as it is written
-            self._maps = [mmap.mmap(-1, size, flags=flags) for size in self._sizes]
+            self._maps = [np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8) for size in self._sizes]
             return
         self.facts = read_facts(folder)
         if self.facts["identity"] != identity.document():
@@ -183,6 +190,8 @@ class TeacherMemory:
         try:
             self._open_files(folder)
             self._check_sizes()
+            for file in self._files[:2]:
+                self._maps.append(np.frombuffer(mmap.mmap(file, 0, access=mmap.ACCESS_READ), np.uint8))
         except FileNotFoundError as error:
             self._close_files()
             raise _damaged(folder, f"{Path(error.filename).name} is missing") from error
@@ -203,6 +212,7 @@ class TeacherMemory:
     def _close_files(self) -> None:
         while self._files:
             os.close(self._files.pop())
+            self._maps = []
 
     @classmethod
     def open(cls, identity: Identity, facts: Mapping[str, str], folder: Path | None = None) -> "TeacherMemory":
@@ -226,6 +236,9 @@ class TeacherMemory:
                     for name, size in (("answers.bin", identity.row_bytes), ("checksums.bin", _CHECKSUM_BYTES)):
                         with (temporary / name).open("wb") as file:
                             file.truncate(size * identity.rows)
+                            if name == "checksums.bin" and hasattr(os, "posix_fallocate"):
+                                # A hole of /dev/shm takes room when it is read; a signal ends whom there is none for.
+                                os.posix_fallocate(file.fileno(), 0, size * identity.rows)
                     (temporary / "lock").touch()
             except OSError:
                 if not folder.exists():  # else another process was first, and its memory is as good
@@ -244,18 +257,14 @@ class TeacherMemory:
         Raises:
             InputError: If the files have been cut since they were opened.
         """
-        if self.folder is not None:
-            self._check_sizes()
-        rows, known = [], []
-        empty = bytes(self.identity.row_bytes)
-        for view in views_B.tolist():
-            checksum = self._checksum(view)
-            row = self._row(view, checksum)
-            self.damaged += row is None and checksum != 0
-            rows.append(row or empty)
-            known.append(row is not None)
-        stored = torch.frombuffer(bytearray(b"".join(rows)), dtype=DTYPES[self.identity.stored])
-        return stored.reshape(len(rows), -1).float(), torch.tensor(known, dtype=torch.bool)
+        found_K, rows_KW, damaged = self._look_up(views_B.numpy())
+        self.damaged += damaged
+        found = torch.from_numpy(found_K)
+        answers_KD = torch.from_numpy(rows_KW.view(f"f{DTYPES[self.identity.stored].itemsize}")).float()
+        known_B = torch.zeros(len(views_B), dtype=torch.bool).index_fill_(0, found, True)
+        if len(found) == len(views_B):
+            return answers_KD, known_B
+        return torch.zeros(len(views_B), self.identity.width).index_copy_(0, found, answers_KD), known_B
 
     def pack(self, answers: Answers) -> Tensor:
         """Lay answers by name side by side, (batch, width)."""
@@ -286,29 +295,19 @@ class TeacherMemory:
         if self.stopped:
             return
         stored_BD = answers_BD.to(DTYPES[self.identity.stored])
-        finite = stored_BD.isfinite().all(1).tolist()
-        size = self.identity.row_bytes
-        content = stored_BD.contiguous().numpy().tobytes()
+        finite = stored_BD.isfinite().all(1).numpy().nonzero()[0]
+        views, first = np.unique(views_B.numpy()[finite], return_index=True)
         try:
             with self._locked():
-                for i, view in enumerate(views_B.tolist()):
-                    if not finite[i] or self._row(view, self._checksum(view)) is not None:
-                        continue
-                    row = content[i * size : (i + 1) * size]
-                    self._write(0, view * size, row)
-                    self._write(1, view * _CHECKSUM_BYTES, struct.pack("<I", _crc(view, row)))
+                unknown = np.delete(np.arange(len(views)), self._look_up(views)[0])
+                rows_KW = stored_BD.contiguous().numpy().view(np.uint8).take(finite[first[unknown]], axis=0)
+                self._keep(views[unknown], rows_KW)
         except OSError as error:
             self.stopped = f"{self.folder}: {error.strerror or error}"
 
     def written(self) -> Tensor:
         """Name the views whose answers have been written, int64."""
-        step = 1 << 24
-        found = []
-        for place in range(0, self._sizes[1], step):
-            checksums = self._read(1, place, min(step, self._sizes[1] - place))
-            views = torch.frombuffer(bytearray(checksums), dtype=torch.int32).nonzero().squeeze(1)
-            found.append(views + place // _CHECKSUM_BYTES)
-        return torch.cat(found)
+        return torch.from_numpy(self._maps[1].view("<u4").nonzero()[0])
 
     def verify(self) -> tuple[int, int]:
         """Read every row that has been written.
@@ -316,38 +315,59 @@ class TeacherMemory:
         Returns:
             Rows that are whole, and rows that are not what was written.
         """
-        rows = [self._row(view, self._checksum(view)) is not None for view in self.written().tolist()]
-        return sum(rows), len(rows) - sum(rows)
+        written = self.written()
+        damaged = sum(self._look_up(views.numpy())[2] for views in written.split(_MANY))
+        return len(written) - damaged, damaged
 
     def close(self) -> None:
         """Close the files."""
         self._close_files()
 
-    def _checksum(self, view: int) -> int:
-        return int.from_bytes(self._read(1, view * _CHECKSUM_BYTES, _CHECKSUM_BYTES), "little")
+    def _look_up(self, views_B: Numbers) -> tuple[Numbers, Bytes, int]:
+        """Copy the rows that are whole, and say at which positions they were asked for.
 
-    def _row(self, view: int, checksum: int) -> bytes | None:
-        if not checksum:
-            return None
-        size = self.identity.row_bytes
-        row = self._read(0, view * size, size)
-        return row if _crc(view, row) == checksum else None
+        Returns:
+            Positions (known,), rows (known, bytes), and how many others are not what was written.
 
-    # Files are not mapped: a full disk, or one that is gone, would be a signal that ends the process.
+        Raises:
+            InputError: If the files have been cut since they were opened.
+        """
+        if self.folder is not None:
+            self._check_sizes()
+        checksums_B = self._read(1, views_B, _CHECKSUM_BYTES).view("<u4")[:, 0]
+        written = checksums_B.nonzero()[0]
+        views = views_B.take(written)
+        rows_KW = self._read(0, views, self.identity.row_bytes)
+        whole = (self._checksums(views, rows_KW) == checksums_B.take(written)).nonzero()[0]
+        if len(whole) < len(written):
+            return written.take(whole), rows_KW.take(whole, axis=0), len(written) - len(whole)
+        return written, rows_KW, 0
 
-    def _read(self, part: int, place: int, size: int) -> bytes:
-        if self.folder is None:
-            return self._maps[part][place : place + size]
-        content = os.pread(self._files[part], size, place)
-        if len(content) != size:
-            raise _damaged(self.folder, "a file has been cut")
-        return content
+    def _keep(self, views_K: Numbers, rows_KW: Bytes) -> None:
+        """Write rows, and then their checksums."""
+        checksums_KW = self._checksums(views_K, rows_KW).astype("<u4")[:, None].view(np.uint8)
+        for part, content_KW in enumerate((rows_KW, checksums_KW)):
+            row = f"V{content_KW.shape[1]}"
+            if self.folder is None:
+                self._maps[part].view(row)[views_K] = content_KW.view(row)[:, 0]
+                continue
+            for view, content in zip(views_K.tolist(), _each(content_KW), strict=True):
+                if os.pwrite(self._files[part], content, view * len(content)) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _write(self, part: int, place: int, content: bytes) -> None:
-        if self.folder is None:
-            self._maps[part][place : place + len(content)] = content
-        elif os.pwrite(self._files[part], content, place) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def _checksums(self, views_K: Numbers, rows_KW: Bytes) -> NDArray[np.uint32]:
+        if self.folder is None:  # nobody else writes here, and nothing is ever half there
+            return np.ones(len(views_K), np.uint32)
+        checksums = map(crc32, _each(rows_KW), (views_K & 0xFFFFFFFF).tolist())
+        # A row of zeros in the place of another, or a checksum of 0, must not pass.
+        return np.maximum(np.fromiter(checksums, np.uint32, len(views_K)), 1)
+
+    # Files are read through maps, always into copies, but not written through them: a full disk would be a signal that
+    # ends the process. A file that is cut would be one as well, which is why its size is looked at before.
+
+    def _read(self, part: int, views_B: Numbers, size: int) -> Bytes:
+        """Copy the rows of these views out of a file whose rows have so many bytes."""
+        return self._maps[part].reshape(-1, size).take(views_B, axis=0)
 
     def _check_sizes(self) -> None:
         assert self.folder is not None
@@ -471,9 +491,9 @@ def read(folder: Path) -> TeacherMemory:
     return TeacherMemory(identity, folder)
 
 
-def _crc(view: int, row: bytes) -> int:
-    # A row of zeros in the place of another, or a checksum of 0, must not pass.
-    return crc32(row, view & 0xFFFFFFFF) or 1
+def _each(content_KW: Bytes) -> list[bytes]:
+    """Cut rows apart."""
+    return content_KW.view(f"V{content_KW.shape[1]}").ravel().tolist()
 
 
 def _damaged(folder: Path, what: str) -> InputError:

@@ -14,13 +14,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from cakd_cli import losses
 from cakd_cli.data import Batch, InputSpec
 from cakd_cli.engine.task import Task, taps, teacher_looks
+from cakd_cli.errors import HardwareError
 from cakd_cli.losses import Weights
-from cakd_cli.machine.hardware import Hardware
+from cakd_cli.machine import compiling, hardware
+from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.models import layers
 from cakd_cli.models.layers import LOGITS, SECOND_LOGITS
 from cakd_cli.models.resnet import ResNetSpec
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers import Teacher
+from cakd_cli.teachers.answers import AnswerSource
 
 CLASSES = 20
 
@@ -35,7 +38,7 @@ class Watch:
 def forward(name, multi_label):
     """The forward pass of a whole objective on cuda; autograd would ask for a real device."""
     device = torch.device("cuda")
-    hardware = Hardware(device, "fp32")
+    machine = Hardware(device, "fp32")
     recipe = resolve([], {"data": "cifar100", "model": "resnet8", "teacher": "x", "loss": name, "engine.epochs": 240})
     if multi_label and not all(term.takes_several_labels for term in recipe.loss):
         pytest.skip("needs one label an image")
@@ -45,6 +48,7 @@ def forward(name, multi_label):
         num_classes=CLASSES,
         input=InputSpec((3, 16, 16)),
         multi_label=multi_label,
+        labelled=True,
         train=SimpleNamespace(labels_by_number=lambda: None if multi_label else torch.arange(64) % CLASSES),
     )
     with FakeTensorMode(), torch.device("cuda"):
@@ -54,8 +58,8 @@ def forward(name, multi_label):
         terms = tuple(term.between(tuple(layers.stages(student)), tuple(layers.stages(model))) for term in recipe.loss)
         recipe = recipe.model_copy(update={"loss": terms})
         teacher = Teacher(model.eval(), data.mean, data.std, "", "", "", {LOGITS: (CLASSES,)})
-        teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, hardware)
-        task = Task(student, recipe.loss, data, hardware, teacher, 8)
+        teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
+        task = Task(student, recipe.loss, data, machine, teacher, 8)
         task.__dict__["watch"] = Watch()
         task.train()
         labels = torch.zeros(8, CLASSES, dtype=torch.bool) if multi_label else torch.zeros(8, dtype=torch.long)
@@ -87,3 +91,138 @@ def test_a_wait_and_a_wrong_device_would_be_seen():
             there.sum().item()
         with pytest.raises(RuntimeError, match="device"):
             there + torch.zeros(2)
+
+
+class Stream:
+    """Notes what is ordered on it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} is done")
+        return f"what {self.name} did"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def train(self):
+        self.log.append(f"{self.name} trains")
+
+
+def test_a_teacher_answers_on_one_stream_a_batch_ahead_in_all_epochs(monkeypatch):
+    """What is freed on a stream is used again by that stream alone: a new one an epoch would take more and more."""
+    log = []
+    streams = [Stream("main", log)]
+    made = []
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(Stream(f"side{len(made)}", log)) or made[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+
+    def answer(images):
+        log.append(f"{streams[-1].name} answers")
+        return {LOGITS: images.float().mean((2, 3))}
+
+    teacher = SimpleNamespace(answer=answer)
+    source = AnswerSource(teacher, None, torch.device("cuda"), print)
+    for _ in range(3):
+        batches = (Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2)) for _ in range(2))
+        for _ in source.beside(batches, Watch()):
+            streams[-1].train()
+
+    ask = ["side0 waits for main", "side0 answers", "kept for side0", "kept for main", "side0 is done"]
+    train = ["main waits for what side0 did", "main trains"]
+    assert len(made) == 1
+    assert log == (ask + ask + train + train) * 3
+
+
+TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "can"),
+    [
+        (TODAY, (7, 5), True),
+        (TODAY, (8, 9), True),  # a later member of a generation
+        (TODAY, (10, 3), True),
+        (TODAY, (7, 0), False),
+        (TODAY, (6, 1), False),
+        (TODAY, (11, 0), False),
+        (["sm_80", "sm_90a"], (9, 0), True),
+        (["sm_80", "sm_90a"], (9, 1), False),
+        (["sm_80", "sm_100f"], (10, 3), True),
+        (["sm_80", "compute_80"], (12, 0), True),  # compiled there, from PTX
+        (["sm_80", "compute_80"], (7, 5), False),
+        (["gfx90a", "gfx942"], (9, 0), True),  # nothing can be said
+        ([], (9, 0), True),
+    ],
+)
+def test_a_gpu_without_kernels_is_named_before_the_first_one(monkeypatch, built, capability, can):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old One")
+    monkeypatch.setattr(hardware, "_find_device", lambda name, reasons: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+
+    if can:
+        assert choose_hardware().precision == "bf16"
+        return
+    with pytest.raises(HardwareError) as caught:
+        choose_hardware()
+    major, minor = capability
+    assert f"no kernels for Old One, of compute capability {major}.{minor}: it is built for" in str(caught.value)
+    assert str(caught.value).endswith(built[-1])
+    assert "--device cpu" in caught.value.hint
+
+
+def test_a_gpu_without_kernels_ends_a_run_before_it_begins(cakd, toy_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: TODAY)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
+    monkeypatch.setattr(hardware, "_find_device", lambda name, reasons: torch.device("cuda"))
+    result = cakd("train-teacher", "--data", f"tensors:{toy_file}", "--model", "resnet8", "--out", tmp_path / "run")
+
+    assert result.code == 7
+    assert "has no kernels for Tesla P40, of compute capability 6.1" in result.err
+    assert "hint: install a torch that is built for it" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_xpu_computes_in_bf16_where_it_says_that_it_can(monkeypatch, native):
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda *, including_emulation: native or including_emulation)
+    monkeypatch.setattr(hardware, "_find_device", lambda name, reasons: torch.device("xpu"))
+
+    assert choose_hardware().precision == ("bf16" if native else "fp32")
+    if native:
+        assert choose_hardware(precision="bf16").precision == "bf16"
+        return
+    with pytest.raises(HardwareError, match="xpu cannot compute in bf16"):
+        choose_hardware(precision="bf16")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_compile_trial_leaves_the_random_numbers_of_every_accelerator(monkeypatch, kind):
+    states = {"now": torch.zeros(1)}
+    module = SimpleNamespace(
+        get_rng_state=lambda *device: states["now"], set_rng_state=lambda state, *device: states.update(now=state)
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(compiling, "_seconds", lambda *trial: states.update(now=states["now"] + 1) or 1.0)
+    monkeypatch.setattr(compiling, "compiled_student", lambda network, device, parts: network)
+    trial = compiling.Trial(nn.Linear(2, 2), torch.zeros(1, 2), 1000, 1)
+
+    compiling.worth_compiling(trial, Hardware(torch.device(kind), "fp32"), asked_for=False)
+
+    assert states["now"].item() == 0

@@ -35,7 +35,7 @@ def toy_student():
 
 def test_the_trial_leaves_the_random_numbers_as_they_were(images, monkeypatch):
     monkeypatch.setattr(compiling, "WORTH_TRYING_SECONDS", 0.0)
-    monkeypatch.setattr(torch, "compile", lambda network, mode: network)
+    monkeypatch.setattr(torch, "compile", lambda network, **how: network)
     student = toy_student()
     random = torch.get_rng_state()
     normalise = Normalisation((0.5,) * 3, (0.25,) * 3, FP32)
@@ -43,6 +43,23 @@ def test_the_trial_leaves_the_random_numbers_as_they_were(images, monkeypatch):
     worth_compiling(Trial(student, normalise(images), 1000, 1), FP32, asked_for=False)
 
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_each_size_of_a_batch_is_compiled_for_itself(monkeypatch):
+    """Kernels for any size, made when the last batch is a smaller one, would serve full batches from then on."""
+    sizes = []
+    original = torch.compile
+
+    def backend(graph, inputs):
+        sizes.extend(len(x) for x in inputs if isinstance(x, torch.Tensor) and x.shape[1:] == (6,))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda network, **how: original(network, backend=backend, **how))
+    network = compiling.compiled(torch.nn.ReLU(), graphed=False)
+    for count in (8, 5, 8, 3):
+        network(torch.zeros(count, 6))
+
+    assert sizes == [8, 5, 3]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +76,7 @@ def test_compiling_is_decided_by_its_gain_over_the_run(images, monkeypatch, eage
         def forward(self, images):
             return images
 
-    monkeypatch.setattr(torch, "compile", lambda network, mode: Compiled())
+    monkeypatch.setattr(torch, "compile", lambda network, **how: Compiled())
     monkeypatch.setattr(
         compiling, "_seconds", lambda network, images, machine: compiled if isinstance(network, Compiled) else eager
     )
@@ -76,7 +93,7 @@ def test_compiling_is_decided_by_its_gain_over_the_run(images, monkeypatch, eage
 
 @pytest.mark.parametrize("wanted", ["auto", "on"])
 def test_a_compiler_that_fails_is_an_error_only_where_it_was_asked_for(images, monkeypatch, wanted):
-    def fails(network, mode):
+    def fails(network, **how):
         raise RuntimeError("no C++ compiler\nand more")
 
     monkeypatch.setattr(compiling, "WORTH_TRYING_SECONDS", 0.0)

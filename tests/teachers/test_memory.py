@@ -7,7 +7,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
+import tempfile
 import time
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +73,65 @@ def test_what_was_recorded_is_recalled(home, on_disk, stored):
     assert torch.equal(answers[known], memory.rounded(truth(torch.tensor([0, 44, 7, 179]))))
     assert memory.written().tolist() == [0, 7, 44, 179]
     assert (stored == "fp32") == torch.equal(answers[3], truth(torch.tensor([7]))[0])
+
+
+@pytest.mark.parametrize("stored", ["fp16", "fp32"])
+def test_the_files_are_what_they_are_said_to_be(home, stored):
+    """Memories outlive versions: a row a view, and its CRC-32 begun with the view's name."""
+    identity = dataclasses.replace(IDENTITY, stored=stored)
+    memory = TeacherMemory.open(identity, FACTS)
+    rows = truth(EVERY).to(teacher_memory.DTYPES[stored])
+    views = [179, 0, 44, 7]
+    memory.record(torch.tensor(views), truth(torch.tensor(views)))
+    expected = [bytearray(identity.rows * size) for size in (identity.row_bytes, 4)]
+    for view in views:
+        row = rows[view].numpy().tobytes()
+        for content, part in zip(expected, (row, struct.pack("<I", zlib.crc32(row, view) or 1)), strict=True):
+            content[view * len(part) : (view + 1) * len(part)] = part
+
+    for name, content in zip(("answers.bin", "checksums.bin"), expected, strict=True):
+        assert (memory.folder / name).read_bytes() == content
+        # What another version has written.
+        (memory.folder / name).write_bytes(content)
+    answers, known = TeacherMemory.open(identity, FACTS).recall(EVERY)
+    assert known.nonzero().flatten().tolist() == sorted(views)
+    assert torch.equal(answers[known], rows[known].float())
+    assert not answers[~known].any()
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_first_of_two_answers_to_a_view_is_kept(home, on_disk):
+    memory = TeacherMemory.open(IDENTITY, FACTS) if on_disk else TeacherMemory(IDENTITY)
+    views = torch.tensor([9, 3, 9, 5, 3])
+    answers = truth(views) + torch.arange(5)[:, None]
+    answers[1, 2] = torch.nan
+    memory.record(views, answers)
+    memory.record(views, answers + 1)
+
+    assert torch.equal(memory.recall(torch.tensor([9, 5, 3]))[0], answers[[0, 3, 4]])
+    assert memory.verify() == (3, 0)
+
+
+def test_nothing_asked_for_is_nothing_recalled(filled):
+    none = EVERY[:0]
+    filled.record(none, truth(none))
+    answers, known = filled.recall(none)
+
+    assert answers.shape == (0, 5)
+    assert known.shape == (0,)
+
+
+def test_looking_for_an_answer_takes_no_room(home):
+    """In /dev/shm a hole that is read through a map becomes a page, and where there is no room for it a signal."""
+    wide = dataclasses.replace(IDENTITY, samples=2000, answers=(("logits", (1000,)),))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        memory = TeacherMemory.open(wide, FACTS, Path(folder) / wide.key)
+        files = [memory.folder / name for name in ("checksums.bin", "answers.bin")]
+        before = [file.stat().st_blocks * 512 for file in files]
+
+        assert before[0] >= 4 * wide.rows
+        assert not memory.recall(torch.arange(wide.rows))[1].any()
+        assert [file.stat().st_blocks * 512 for file in files] == before
 
 
 def test_an_answer_that_the_precision_cannot_hold_is_used_as_it_is_and_not_kept(home):
@@ -414,6 +477,7 @@ def losses_of(run):
     return [json.loads(line)["train"]["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_nothing_changes_but_time(toy_file, toy_teacher, tmp_path):
     """The training loss over 200 steps, with and without, in float32."""
     found = {}
