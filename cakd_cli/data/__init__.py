@@ -5,12 +5,17 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from cakd_cli.data.base import Batch, DataSpec, ImageDataSet, InputSpec, Share, Split, Views
+from cakd_cli.data.images.csv_file import CsvSpec
 from cakd_cli.data.images.folder import FolderSpec
+from cakd_cli.data.images.hugging_face import HuggingFaceSpec
 from cakd_cli.data.images.literature import CubSpec, ImageNetSpec, TinyImageNetSpec
 from cakd_cli.data.images.memory import MemorySplit
+from cakd_cli.data.images.mixing import MixedSplit
 from cakd_cli.data.images.noise import NoiseSpec
 from cakd_cli.data.images.tensors import DigitsSpec, TensorsSpec
 from cakd_cli.data.images.torchvision_sets import CifarSpec, FashionMnistSpec, Stl10Spec
+from cakd_cli.data.images.unlabelled import UnlabelledSpec
+from cakd_cli.data.images.web_dataset import WebDatasetSpec
 
 DataOptions = Annotated[
     DigitsSpec
@@ -22,6 +27,10 @@ DataOptions = Annotated[
     | CubSpec
     | TensorsSpec
     | FolderSpec
+    | CsvSpec
+    | UnlabelledSpec
+    | WebDatasetSpec
+    | HuggingFaceSpec
     | NoiseSpec,
     Field(discriminator="type"),
 ]
@@ -43,6 +52,7 @@ __all__ = [
     "ImageDataSet",
     "InputSpec",
     "MemorySplit",
+    "MixedSplit",
     "Share",
     "Split",
     "Views",

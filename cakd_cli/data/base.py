@@ -5,7 +5,7 @@ Shape suffixes: B batch, N samples of a split, C channels, H and W height and wi
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -40,11 +40,13 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8, (batch, channels, height, width), not normalised: each network has its own normalisation.
-        labels: Class indices, (batch,); for several labels an image bool (batch, classes).
+        labels: Class indices, (batch,), -1 for images without a label; bool (batch, classes) for several an image.
         views: Name of each image's view, int64 (batch,) on the CPU, where no device has to be waited for to read it;
             none where views are not counted.
         samples: Number of each image in the training file, int64 (batch,); none where nothing is learnt.
         strong: A second view of each image, strongly augmented; none unless :meth:`Split.with_second_view` asks for it.
+        other_labels: Labels of the images that are mixed into these; none where none are.
+        own_share: Share in [0, 1] that each image has of what is shown, (batch,), the same for all of them.
     """
 
     images: Tensor
@@ -52,6 +54,8 @@ class Batch(NamedTuple):
     views: Tensor | None = None
     samples: Tensor | None = None
     strong: Tensor | None = None
+    other_labels: Tensor | None = None
+    own_share: Tensor | None = None
 
 
 class Share(NamedTuple):
@@ -190,8 +194,10 @@ class ImageDataSet:
             where it is a part of its own; of folders, of the paths and sizes of their files. Empty for stand-ins.
         crop_pct: Share of the shorter side that is shown when nothing is learnt.
         multi_label: Whether an image may have several labels, or none.
+        labelled: Whether training images have labels; without, each is -1.
         resized: Whether images are resized to what a network sees.
         left_out: Files that cannot be read.
+        reasons: What was chosen because of what the files have, by key of the recipe's ``data``.
     """
 
     name: str
@@ -206,8 +212,10 @@ class ImageDataSet:
     fingerprints: Mapping[str, str]
     crop_pct: float = 1.0
     multi_label: bool = False
+    labelled: bool = True
     resized: bool = False
     left_out: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def input(self) -> InputSpec:
@@ -295,13 +303,14 @@ class DataSpec(Options):
         return False
 
 
-def hold_out(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(labels_N: Tensor, fraction: float, seed: int, *, least: int = 0) -> tuple[Tensor, Tensor]:
     """Choose which training samples to keep and which to hold out, the same share of every class.
 
     Args:
         labels_N: Class indices on the CPU.
         fraction: Share to hold out, in [0, 1); at least one sample of every class stays in training.
         seed: The choice is a function of the labels and this number.
+        least: Samples of a class to hold out, where it has more than that.
 
     Returns:
         Positions to keep and positions to hold out, both ascending.
@@ -310,6 +319,6 @@ def hold_out(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tens
     held_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label in labels_N.unique():
         positions = (labels_N == label).nonzero().squeeze(1)
-        count = min(round(len(positions) * fraction), len(positions) - 1)
+        count = min(max(round(len(positions) * fraction), least), len(positions) - 1)
         held_N[positions[torch.randperm(len(positions), generator=generator)[:count]]] = True
     return (~held_N).nonzero().squeeze(1), held_N.nonzero().squeeze(1)

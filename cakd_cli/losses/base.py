@@ -206,6 +206,16 @@ class Term(Options):
         """Whether a sample may have several labels, or none."""
         return True
 
+    @property
+    def needs_label(self) -> bool:
+        """Whether its loss depends on labels; of one that does not, the labels may be -1, for images without any."""
+        return not self.takes_several_labels
+
+    @property
+    def trains_itself(self) -> bool:
+        """Whether it may have a module of its own."""
+        return type(self).module is not Term.module
+
     def module(self, shapes: Shapes) -> nn.Module | None:
         """Make what the term itself trains, which is no part of the student: nothing, for most."""
         return None

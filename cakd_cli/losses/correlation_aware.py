@@ -88,6 +88,11 @@ class CAKDTerm(SoftenedTerm):
     grouping: Grouping = Field(default_factory=LabelGrouping, description="which classes are strong")
     scale_by_mass: bool = Field(False, description="weigh scd and wcd by the teacher's mass of their set as well")
 
+    @property
+    def needs_label(self) -> bool:
+        """Whether the strong classes are the labels."""
+        return isinstance(self.grouping, LabelGrouping)
+
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
         student_BC, teacher_BC = self._logits(lesson)
         settings = self.settings()

@@ -55,17 +55,26 @@ def crld_step(
     Raises:
         ValueError: If shapes do not fit or the temperature is not positive.
     """
-    for logits_BC in (teacher_BC, student_strong_BC, teacher_strong_BC):
-        check_pair(student_BC, logits_BC, temperature)
-    weak_B, strong_B = _sure(teacher_BC, tau_w), _sure(teacher_strong_BC, tau_s)
-    within_B = kl(student_BC, teacher_BC, temperature) + kl(student_strong_BC, teacher_strong_BC, temperature)
-    across_B = kl(student_strong_BC, teacher_BC, temperature) + kl(student_BC, teacher_strong_BC, temperature)
-    within = wv_weight * temperature**2 * (weak_B * within_B).mean()
-    across = cv_weight * temperature**2 * (strong_B * across_B).mean()
+    weak, strong = (student_BC, teacher_BC), (student_strong_BC, teacher_strong_BC)
+    within, across = _of_both_views(weak, strong, temperature, (tau_w, tau_s))
+    within, across = wv_weight * within, cv_weight * across
     loss_ce = ce_weight * (cross_entropy(student_BC, target_B).total + cross_entropy(student_strong_BC, target_B).total)
     loss_kd = within + across
     parts = {"loss_ce": loss_ce, "loss_kd": loss_kd, "loss_kd_wv": within, "loss_kd_cv": across}
     return LossOutput(loss_ce + loss_kd, parts)
+
+
+def _of_both_views(
+    weak: tuple[Tensor, Tensor], strong: tuple[Tensor, Tensor], temperature: float, taus: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Distil within the views and across them, unweighted; of each view the student's logits and the teacher's."""
+    (student_BC, teacher_BC), (student_strong_BC, teacher_strong_BC) = weak, strong
+    for logits_BC in (teacher_BC, student_strong_BC, teacher_strong_BC):
+        check_pair(student_BC, logits_BC, temperature)
+    weak_B, strong_B = _sure(teacher_BC, taus[0]), _sure(teacher_strong_BC, taus[1])
+    within_B = kl(student_BC, teacher_BC, temperature) + kl(student_strong_BC, teacher_strong_BC, temperature)
+    across_B = kl(student_strong_BC, teacher_BC, temperature) + kl(student_BC, teacher_strong_BC, temperature)
+    return temperature**2 * (weak_B * within_B).mean(), temperature**2 * (strong_B * across_B).mean()
 
 
 def _sure(teacher_BC: Tensor, least: float) -> Tensor:
@@ -92,6 +101,7 @@ class CRLDTerm(SoftenedTerm):
         return Needs(second_view=True)
 
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
-        views = self._views(lesson)
-        output = crld_step(*views[0], lesson.target_B, *views[1], ce_weight=0.0, **self.settings())
-        return LossOutput(output.parts["loss_kd"], {name: output.parts[f"loss_kd_{name}"] for name in ("wv", "cv")})
+        settings = self.settings()
+        within, across = _of_both_views(*self._views(lesson), self.temperature, (self.tau_w, self.tau_s))
+        wv, cv = settings["wv_weight"] * within, settings["cv_weight"] * across
+        return LossOutput(wv + cv, {"wv": wv, "cv": cv})

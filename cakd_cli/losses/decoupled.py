@@ -100,3 +100,8 @@ class DKDTerm(SoftenedTerm):
         "target", description="the class against the rest: the label, or the teacher's largest logit"
     )
     kl_type: KLType = Field("forward", description="direction of the KL inside the rest")
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether it is the label that stands alone."""
+        return self.strategy == "target"

@@ -78,6 +78,11 @@ class CrossEntropyTerm(Term):
         """No teacher."""
         return Needs(teacher=False, second_view=self.second_view)
 
+    @property
+    def needs_label(self) -> bool:
+        """It is all that it learns from."""
+        return True
+
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
         output = self._of(lesson.student_BC, lesson.target_B)
         if not self.second_view:

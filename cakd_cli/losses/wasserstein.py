@@ -215,7 +215,7 @@ class WKDTerm(SoftenedTerm):
             ValueError: If the teacher has no linear classifier.
         """
         if shapes.classifier_CD is None:
-            raise ValueError("the distance of classes needs a teacher with a linear classifier")
+            raise ValueError("the distance of classes needs a teacher with a linear classifier, one weight a class")
         return ClassDistance(classifier_distance(shapes.classifier_CD))
 
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:

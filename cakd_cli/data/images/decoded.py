@@ -54,24 +54,25 @@ class DecodedImages:
         return {**vars(self), "_process": -1, "_files": [], "_maps": []}
 
     @classmethod
-    def of(cls, files: Files, *, shorter_side: int, limit_gb: float) -> "DecodedImages":
+    def of(cls, files: Files, *, shorter_side: int, kept_as: str, limit_gb: float) -> "DecodedImages":
         """Find the place of these files' decoded images; nothing is written.
 
         Args:
             files: Of the training images.
             shorter_side: Images are shrunk to it; smaller ones stay as they are.
+            kept_as: What makes their pixels beside the files; equal words mean equal pixels.
             limit_gb: Most room that all of them may take, in 10^9 bytes.
 
         Raises:
             InputError: If they take more, a file cannot be read, or what is kept is damaged.
         """
-        digest = hashlib.sha256(f"1 {shorter_side}\n".encode())
-        for path in files:
-            facts = Path(path).stat()
-            digest.update(os.fsencode(f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}\n"))
+        digest = hashlib.sha256(f"1 {kept_as}\n".encode())
+        for index, path in enumerate(files):
+            facts = files.facts(index)
+            digest.update(os.fsencode(f"{Path(path).resolve()} {facts.size} {facts.written_ns}\n"))
         folder = home() / "decoded" / digest.hexdigest()[:16]
         here = folder.exists()
-        sizes = _read_sizes(folder, len(files)) if here else [_kept_size(path, shorter_side) for path in files]
+        sizes = _read_sizes(folder, len(files)) if here else _kept_sizes(files, shorter_side)
         total = _CHANNELS * sum(w * h for w, h in sizes)
         if total > limit_gb * 1e9:
             raise InputError(
@@ -143,10 +144,13 @@ class DecodedImages:
         return len(self._maps) == 2
 
 
-def _kept_size(path: str, shorter_side: int) -> tuple[int, int]:
-    width, height = header_size(path)
-    scale = min(1.0, shorter_side / min(width, height))
-    return round(width * scale), round(height * scale)
+def _kept_sizes(files: Files, shorter_side: int) -> list[tuple[int, int]]:
+    kept = []
+    for index in range(len(files)):
+        width, height = header_size(files, index)
+        scale = min(1.0, shorter_side / min(width, height))
+        kept.append((round(width * scale), round(height * scale)))
+    return kept
 
 
 def _read_sizes(folder: Path, count: int) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ from cakd_cli.data.base import (
 )
 from cakd_cli.data.images.augmentation import Draw, epoch_key, sample_seed
 from cakd_cli.data.images.decoded import DecodedImages
-from cakd_cli.data.images.pictures import Files, bad_files, decode, header_size
+from cakd_cli.data.images.pictures import Files, bad_files, decode, header_size, middle_crop
 from cakd_cli.data.images.strong import AugmentedSpec
 from cakd_cli.errors import InputError
 
@@ -82,13 +82,8 @@ class _Images(Dataset[Any]):
             ]
         )
         self.resize = spec.resize
-        self.plain = v2.Compose(
-            [
-                v2.Resize(spec.resize, antialias=True),
-                v2.CenterCrop(spec.size),
-                v2.PILToTensor(),
-            ]
-        )
+        self.draft = spec.shorter_side if spec.draft_jpeg else None
+        self.plain = middle_crop(spec.resize, spec.size)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample | str:
         draw, index, epoch = key
@@ -96,7 +91,7 @@ class _Images(Dataset[Any]):
         decoded = self.decoded if draw != _NO_DRAW else None
         image = decoded.read(index) if decoded is not None else None
         if image is None:
-            image = decode(self.files.path(index), self.resize)
+            image = self._decode(index, learns=draw != _NO_DRAW)
             if isinstance(image, str):
                 return image
             if decoded is not None:
@@ -107,6 +102,13 @@ class _Images(Dataset[Any]):
         if self.second_seed is None:
             return seen, label
         return seen, label, self._seen(image, Draw(self.second_seed, epoch, second=True).of(index), second=True)
+
+    def _decode(self, index: int, *, learns: bool) -> Any:
+        try:
+            source = self.files.open(index)
+        except OSError as error:
+            return f"{self.files.path(index)}: cannot be read as an image: {error}"
+        return decode(source, self.resize, draft=self.draft if learns else None)
 
     def _seen(self, image: Any, seed: int, *, second: bool) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -163,11 +165,13 @@ class Listing(NamedTuple):
         parts: The training files first, and those that only the end of a run looks at last; ``val`` between them where
             validation is a part of its own.
         class_names: One name a class, in label order.
+        reasons: Why the parts are these where the files leave it open, by key of the recipe's ``data``.
     """
 
     root: Path
     parts: Mapping[str, Files]
     class_names: Sequence[str]
+    reasons: Mapping[str, str] = {}
 
 
 class FileSplit(Split):
@@ -197,6 +201,8 @@ class FileSplit(Split):
             settings += f", turned by {spec.rotation:g} degrees at most"
         if spec.decoded_gb:
             settings += ", shrunk first"
+        if spec.draft_jpeg:
+            settings += ", drafted"
         if spec.augmentation() is not None:
             settings += f", {spec.augment}, cutout {spec.cutout}, erasing {spec.erasing:g}"
         # The draws are torch's, the crops torchvision's and the pixels Pillow's.
@@ -289,10 +295,12 @@ class _Pictures(Dataset[tuple[Any, int]]):
         return len(self._index_N)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        from torchvision.datasets.folder import default_loader
+        from PIL import Image
 
         index = int(self._index_N[position])
-        return self._transform(default_loader(self._files.path(index))), int(self._files.labels_N[index])
+        with Image.open(self._files.open(index)) as file:
+            picture = file.convert("RGB")
+        return self._transform(picture), int(self._files.labels_N[index])
 
 
 class FileDataSpec(AugmentedSpec):
@@ -328,6 +336,11 @@ class FileDataSpec(AugmentedSpec):
         le=1e6,
         description="room under $CAKD_HOME for decoded training images, in 10^9 bytes; 0 = decode in every epoch",
     )
+    draft_jpeg: bool = Field(
+        False,
+        description="decode training JPEGs that are far larger than crops need at a half, a quarter or an eighth: "
+        "faster, with other crops of the same sizes; what is measured is decoded whole",
+    )
     bad_images: Literal["fail", "skip"] = Field(
         "fail", description="what to do with pictures that cannot be read: name them, or leave them out and list them"
     )
@@ -347,6 +360,11 @@ class FileDataSpec(AugmentedSpec):
         return round(self.size / self.test_crop)
 
     @property
+    def shorter_side(self) -> int:
+        """Pixels of the shorter side with which the smallest crop still has as many as the networks see."""
+        return math.ceil(self.size / math.sqrt(self.min_crop_area))
+
+    @property
     def num_workers(self) -> int:
         """Processes that decode images."""
         return min(8, _cores()) if self.workers == "auto" else self.workers
@@ -363,8 +381,8 @@ class FileDataSpec(AugmentedSpec):
         """Look at the headers of some training images; the median image is not enlarged."""
         files = self._list().parts["train"]
         step = max(1, len(files) // _LOOKED_AT)
-        looked_at = map(files.path, range(0, len(files), step))
-        median = round(statistics.median(min(header_size(path)) for path in looked_at))
+        looked_at = range(0, len(files), step)
+        median = round(statistics.median(min(header_size(files, index)) for index in looked_at))
         size = max(_LEAST_SIZE, min(_USUAL_SIZE, median // _SIZE_STEP * _SIZE_STEP))
         return size, f"the shorter side of the median training image has {median} pixels"
 
@@ -391,16 +409,18 @@ class FileDataSpec(AugmentedSpec):
         parts = {part: files.without(bad[part]) if bad[part] else files for part, files in listing.parts.items()}
         decoded = None
         if self.decoded_gb:
-            # The smallest crop then still has as many pixels as the networks see.
-            shorter_side = math.ceil(self.size / math.sqrt(self.min_crop_area))
-            decoded = DecodedImages.of(parts["train"], shorter_side=shorter_side, limit_gb=self.decoded_gb)
+            kept_as = f"{self.shorter_side}{' draft' if self.draft_jpeg else ''}"
+            decoded = DecodedImages.of(
+                parts["train"], shorter_side=self.shorter_side, kept_as=kept_as, limit_gb=self.decoded_gb
+            )
         splits = {
-            part: FileSplit(files, self, torch.arange(len(files)), decoded if part == "train" else None)
+            part: FileSplit(files, self, torch.arange(len(files)), decoded if part == "train" and fetch else None)
             for part, files in parts.items()
         }
         train, *middle, test = splits.values()
         validation = middle[0] if middle else None
-        if validation is None:
+        labelled = bool((parts["train"].labels_N >= 0).any())
+        if validation is None and labelled:
             keep, out = hold_out(parts["train"].labels_N, self.validation_fraction, self.split_seed)
             train, validation = splits["train"].subset(keep), splits["train"].subset(out) if len(out) else None
         return ImageDataSet(
@@ -415,6 +435,8 @@ class FileDataSpec(AugmentedSpec):
             std=self.std,
             fingerprints={part: _fingerprint(listing.root, files) for part, files in parts.items()},
             left_out=tuple(path for part in parts for path in sorted(bad[part])),
+            labelled=labelled,
+            reasons=listing.reasons,
             crop_pct=self.test_crop,
             resized=True,
         )
@@ -457,15 +479,16 @@ class FileDataSpec(AugmentedSpec):
 def _stamps(files: Files) -> str:
     """Hash when the files were last written: a changed picture may have the size of the old one."""
     digest = hashlib.sha256()
-    for path in files:
-        facts = Path(path).stat()
-        # The second cannot be set: it also changes when a file is replaced by one with the first's time.
-        digest.update(f"{facts.st_mtime_ns} {facts.st_ctime_ns}\n".encode())
+    for index in range(len(files)):
+        facts = files.facts(index)
+        digest.update(f"{facts.written_ns} {facts.changed_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _fingerprint(root: Path, files: Files) -> str:
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(os.fsencode(f"{Path(path).relative_to(root)} {Path(path).stat().st_size}\n"))
+    for index, path in enumerate(files):
+        # A table may name files that lie elsewhere.
+        name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else os.path.relpath(path, root)
+        digest.update(os.fsencode(f"{name} {files.facts(index).size}\n"))
     return digest.hexdigest()[:16]

@@ -2,13 +2,14 @@
 
 import errno
 import hashlib
+import io
 import os
 import stat
 from array import array
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,46 @@ _THREADS = 8
 _AT_ONCE = 10_000
 
 
+class Entry(io.BytesIO):
+    """Content of a picture that is no file of its own; where its path would be said it says its name."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        """Give its name."""
+        return self._name
+
+    def __repr__(self) -> str:
+        """Give its name in quotes, as Pillow says a path."""
+        return repr(self._name)
+
+
+class Facts(NamedTuple):
+    """What tells two states of a file apart.
+
+    Attributes:
+        size: In bytes.
+        written_ns: When its content was last written, in nanoseconds.
+        changed_ns: When anything of it last changed; this cannot be set, and tells a replaced file of the same time.
+    """
+
+    size: int
+    written_ns: int
+    changed_ns: int
+
+
+def facts_of(path: str) -> Facts:
+    """Ask the system about a file.
+
+    Raises:
+        OSError: If it is not there.
+    """
+    found = os.stat(path)
+    return Facts(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 class Files:
     """Paths of pictures and their labels, in few bytes more than their letters.
 
@@ -33,8 +74,11 @@ class Files:
         pairs: Path and label of each.
 
     Attributes:
-        labels_N: Class indices, int64 on the CPU.
+        labels_N: Class indices, int64 on the CPU; -1 of files without a label.
+        on_disk: Whether each picture is a file of its own, so that its path leads to it; if not, it has a name alone.
     """
+
+    on_disk: ClassVar[bool] = True
 
     def __init__(self, pairs: Iterable[tuple[str, int]]) -> None:
         letters, ends, labels = bytearray(), array("q", [0]), array("q")
@@ -57,9 +101,29 @@ class Files:
         """Give the path of one file."""
         return os.fsdecode(self._letters[self._ends[index] : self._ends[index + 1]])
 
+    def open(self, index: int) -> str | Entry:
+        """Give what Pillow opens: the path of a file, or the content of what is none.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        return self.path(index)
+
+    def facts(self, index: int) -> Facts:
+        """Tell the state of one file.
+
+        Raises:
+            OSError: If it is not there.
+        """
+        return facts_of(self.path(index))
+
+    def subset(self, indices_N: Tensor) -> "Files":
+        """Take the files at these positions."""
+        return Files((self.path(index), int(self.labels_N[index])) for index in indices_N.tolist())
+
     def without(self, paths: Container[str]) -> "Files":
         """Leave some out."""
-        return Files(pair for pair in zip(self, self.labels_N.tolist(), strict=True) if pair[0] not in paths)
+        return self.subset(torch.tensor([i for i, path in enumerate(self) if path not in paths], dtype=torch.int64))
 
 
 def class_folders(path: Path) -> list[str]:
@@ -113,7 +177,17 @@ def list_files(root: Path, classes: Sequence[str]) -> Files:
 
 def list_folder(folder: Path) -> dict[str, str]:
     """List the pictures of one folder and its subfolders, sorted: path by name without suffix."""
-    return {Path(path).stem: path for path in sorted(_walk(folder, {_identity(folder)}))}
+    return {Path(path).stem: path for path in all_pictures(folder)}
+
+
+def all_pictures(folder: Path) -> list[str]:
+    """List the pictures of one folder and its subfolders by path, sorted."""
+    return sorted(_walk(folder, {_identity(folder)}))
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether a picture lies in the folder itself."""
+    return any(entry.name.lower().endswith(_SUFFIXES) for entry in folder.iterdir())
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -148,7 +222,7 @@ def _is_special(path: str) -> bool:
         return False
 
 
-def header_size(path: str) -> tuple[int, int]:
+def header_size(files: Files, index: int) -> tuple[int, int]:
     """Width and height of an image, from its header alone.
 
     Raises:
@@ -157,35 +231,58 @@ def header_size(path: str) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
+        with Image.open(files.open(index)) as file:
             return file.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        path = files.path(index)
         raise InputError(f"{path}: cannot be read as an image: {error}", hint="replace or remove the file") from error
 
 
-def decode(path: str, resize: int) -> Any:
+def decode(source: str | Entry, resize: int, *, draft: int | None = None) -> Any:
     """Read a picture as RGB, or say in a sentence why it cannot be used: an exception would not leave a worker well.
 
     Args:
-        path: Of the file.
+        source: Path of the file, or what stands for it.
         resize: Pixels to which its shorter side may be resized.
+        draft: Pixels of the shorter side that are enough: a JPEG of twice, four or eight times as many is decoded at
+            that scale, in a fraction of the time.
     """
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
-            return _wrong_kind(file, resize) or file.convert("RGB")
+        with Image.open(source) as file:
+            if draft is not None:
+                file.draft(None, (draft, draft))
+            return _wrong_kind(file, source, resize) or file.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        return f"{path}: cannot be read as an image: {error}"
+        return f"{source}: cannot be read as an image: {error}"
 
 
-def _wrong_kind(file: Any, resize: int) -> str:
+def middle_crop(resize: int, size: int) -> Callable[[Any], Tensor]:
+    """Make what shows a picture to a network when nothing is learnt.
+
+    Args:
+        resize: Pixels of the shorter side before the middle is cropped.
+        size: Height and width of the middle, in pixels.
+
+    Returns:
+        From a Pillow picture to its uint8 pixels, (channels, size, size).
+    """
+    from torchvision.transforms import v2
+
+    shown: Callable[[Any], Tensor] = v2.Compose(
+        [v2.Resize(resize, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    )
+    return shown
+
+
+def _wrong_kind(file: Any, source: str | Entry, resize: int) -> str:
     width, height = file.size
     if file.mode.startswith(("I", "F")):
         # Pillow would cut every value above 255 to white.
-        return f"{file.filename}: has more than 8 bits a channel; convert it to 8"
+        return f"{source}: has more than 8 bits a channel; convert it to 8"
     if resize**2 * max(width, height) > _MOST_PIXELS * min(width, height):
-        return f"{file.filename}: {width} x {height} pixels are too long and narrow to be resized"
+        return f"{source}: {width} x {height} pixels are too long and narrow to be resized"
     return ""
 
 
@@ -202,9 +299,11 @@ def bad_files(files: Files, resize: int, *, whole: bool, remember: bool) -> dict
         By path, why.
     """
     digest = hashlib.sha256(f"1 {resize} {whole}\n".encode())
-    for path in files:
-        facts = Path(path).stat() if Path(path).exists() else None
-        stamp = facts and (facts.st_size, facts.st_mtime_ns)
+    for number, path in enumerate(files):
+        try:
+            stamp = files.facts(number)[:2]
+        except (FileNotFoundError, NotADirectoryError):
+            stamp = None  # a link to nowhere, which is named when it is opened
         digest.update(os.fsencode(f"{Path(path).resolve()} {stamp}\n"))
     kept = home() / "checked" / f"{digest.hexdigest()[:16]}.json"
     try:
@@ -216,7 +315,7 @@ def bad_files(files: Files, resize: int, *, whole: bool, remember: bool) -> dict
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(files), _AT_ONCE):
             numbers = range(first, min(first + _AT_ONCE, len(files)))
-            reasons = pool.map(lambda number: _why_bad(files.path(number), resize, whole=whole), numbers)
+            reasons = pool.map(lambda number: _why_bad(files, number, resize, whole=whole), numbers)
             found |= {number: why for number, why in zip(numbers, reasons, strict=True) if why}
     if remember:
         try:
@@ -227,16 +326,17 @@ def bad_files(files: Files, resize: int, *, whole: bool, remember: bool) -> dict
     return {files.path(number): why for number, why in found.items()}
 
 
-def _why_bad(path: str, resize: int, *, whole: bool) -> str:
+def _why_bad(files: Files, index: int, resize: int, *, whole: bool) -> str:
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
-            wrong = _wrong_kind(file, resize)
+        source = files.open(index)
+        with Image.open(source) as file:
+            wrong = _wrong_kind(file, source, resize)
             if whole and not wrong:
                 file.load()
             return wrong
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None) not in (None, errno.ENOENT):
             raise  # of the system and not of the file: no reason to leave it out, or to remember
-        return f"{path}: cannot be read as an image: {error}"
+        return f"{files.path(index)}: cannot be read as an image: {error}"

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cakd_cli.data.base import DataSpec
+from cakd_cli.data.images.mixing import Mix
 
 Policy = Literal["none", "rand-augment", "auto-augment", "trivial-augment"]
 Transform = Callable[[Tensor], Tensor]
@@ -28,6 +29,14 @@ class AugmentedSpec(DataSpec):
     )
     second_view: Policy = Field(
         "rand-augment", description="policy of the second view, where a term of the loss needs one"
+    )
+    mix: Mix = Field(
+        "none",
+        description="mix training images in pairs: mixup, cutmix, or one of both for each batch; the teacher is asked "
+        "about the mixed image",
+    )
+    mix_alpha: float = Field(
+        1.0, gt=0, le=100, description="of the beta distribution that an image's share in the mixture is drawn from"
     )
 
     def augmentation(self, *, second: bool = False, photographs: bool = False) -> Transform | None:

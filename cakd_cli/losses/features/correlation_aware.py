@@ -109,8 +109,14 @@ class CAKDFeaturesTerm(Term):
         return Needs(student_layers=mine, teacher_layers=(*theirs, *importance))
 
     def module(self, shapes: Shapes) -> Connector:
-        """Make the connector."""
+        """Make the connector.
+
+        Raises:
+            ValueError: If the mask needs a weight of each class, and the teacher has none.
+        """
         mine, theirs = self._layers()
+        if self.mask == "classifier-evidence" and shapes.classifier_CD is None:
+            raise ValueError("classifier-evidence needs a linear classifier, one weight a class; take mask=grad-cam")
         return Connector(
             [shapes.student[look][0] for look in mine],
             [shapes.teacher[look][0] for look in theirs],

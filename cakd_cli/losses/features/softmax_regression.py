@@ -166,7 +166,7 @@ class SRRLTerm(MapsTerm):
             ValueError: If the teacher has no linear classifier on the layer's channels.
         """
         if shapes.classifier_CD is None:
-            raise ValueError("needs a teacher with a linear classifier")
+            raise ValueError("needs a teacher with a linear classifier, one weight a class")
         return nn.ModuleList(
             ChannelConnector(mine[0], theirs[0], shapes.classifier_CD, shapes.classifier_C)
             for mine, theirs in self.shapes(shapes)
