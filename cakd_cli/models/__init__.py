@@ -10,6 +10,7 @@ from cakd_cli.models.four_stage_resnet import FourStageResNetSpec
 from cakd_cli.models.mobilenet import MobileNetSpec
 from cakd_cli.models.mobilenet_tiny_imagenet import MobileNetTinyImageNetSpec
 from cakd_cli.models.mobilenet_v1 import MobileNetV1Spec
+from cakd_cli.models.own_code import OwnCodeSpec
 from cakd_cli.models.resnet import ResNetSpec
 from cakd_cli.models.shufflenet import ShuffleNetSpec
 from cakd_cli.models.vgg import VGGSpec
@@ -26,7 +27,8 @@ ModelOptions = Annotated[
     | MobileNetTinyImageNetSpec
     | ShuffleNetSpec
     | TorchvisionSpec
-    | TimmSpec,
+    | TimmSpec
+    | OwnCodeSpec,
     Field(discriminator="type"),
 ]
 
@@ -48,6 +50,7 @@ __all__ = [
     "MobileNetV1Spec",
     "ModelOptions",
     "ModelSpec",
+    "OwnCodeSpec",
     "ResNetSpec",
     "ShuffleNetSpec",
     "TimmSpec",

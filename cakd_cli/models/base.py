@@ -16,7 +16,9 @@ class ModelSpec(Options):
 
     type: str
     weights: str | None = Field(
-        None, description="file to start from, .safetensors or a .pth of plain tensors; none = fresh weights"
+        None,
+        description="file to start from, .safetensors or a .pth of plain tensors, or a run directory, of any classes; "
+        "none = fresh weights",
     )
 
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """The model card: a network described for people, with front matter that the Hub reads."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -29,26 +30,49 @@ def model_card(saved: "SavedModel") -> str:
         "",
         f"- input: {_in_words(shown)}",
         "- output: one logit a class"
-        + ("; an image may have several labels, so each class is decided by itself" if "map" in test else ""),
+        + ("; an image may have several labels, so each class is decided by itself" if saved.several_labels else ""),
         f"- loss: {facts.get('loss', 'unknown')}",
+        *_origin(facts),
     ]
-    if "teacher" in facts:
-        lines.append(f"- teacher: {facts['teacher']['name']}")
     for split, metrics in facts.get("metrics", {}).items():
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
         lines.append(f"- {split}: {values}")
+    if "ece" in test:
+        lines.append("- ece is the expected calibration error: how far confidence is from accuracy, 0 at best")
     best = facts.get("best_on_test")
     if best:
         lines.append(
             f"- best on test: top1 {best['top1']:.4f} after epoch {best['epoch']}, chosen on the test images as the "
             "literature does; this network is that of the last epoch"
         )
-    lines += [
-        "",
-        "Measure it with `cakd eval FOLDER --data DATA`; use the file of `cakd export RUN --format onnx` so:",
-        "",
+    return "\n".join([*lines, "", *_use(saved), "", "```python", _script(shown), "```", ""])
+
+
+def _origin(facts: Mapping[str, Any]) -> list[str]:
+    """Say who taught it, where that one's weights are from, and that nobody stated a licence."""
+    if "teacher" not in facts:
+        return ["- licence: not stated; that of the training images may bind whoever uses it"]
+    teacher = facts["teacher"]
+    origin = str(teacher.get("origin", "weights of unknown origin"))
+    return [
+        f"- teacher: {teacher['name']}; {origin}" + ("; see their licence" if "published" in origin else ""),
+        "- licence: not stated; those of the training images and of the teacher's weights may bind whoever uses it",
     ]
-    return "\n".join([*lines, "```python", _script(shown, saved.class_names), "```", ""])
+
+
+def _use(saved: "SavedModel") -> list[str]:
+    """Say who reads the folder, and what an exported file says of itself."""
+    reads = "cakd reads this folder (`cakd eval FOLDER --data DATA`, `cakd predict FOLDER IMAGE`, `--teacher FOLDER`)"
+    if isinstance(saved.spec, TimmSpec):
+        reads += ', and so does timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`'
+    return [
+        f"{reads}.",
+        "",
+        "A file of `cakd export RUN --format onnx` is enough by itself: its metadata hold `class_names` and "
+        "`preprocessing` as JSON, and `probabilities`, the function that turns logits into them. A `.pt2` file has the "
+        "same in its extra file `cakd.json`; `--format onnx-uint8` takes pixels and answers with probabilities. "
+        "This gives the accuracy above:",
+    ]
 
 
 def _front_matter(saved: "SavedModel") -> dict[str, Any]:
@@ -60,7 +84,7 @@ def _front_matter(saved: "SavedModel") -> dict[str, Any]:
         "tags": ["image-classification", "cakd"] + (["knowledge-distillation"] if "teacher" in facts else []),
     }
     if "top1" in test:
-        name, value = ("mean_average_precision", test["map"]) if "map" in test else ("accuracy", test["top1"])
+        name, value = ("mean_average_precision", test["map"]) if saved.several_labels else ("accuracy", test["top1"])
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": facts["data"]["name"], "type": facts["data"]["name"]},
@@ -81,26 +105,28 @@ def _in_words(shown: Preprocessing) -> str:
     return f"{begin}; pixels divided by 255, minus mean {list(shown.mean)}, divided by {list(shown.std)}"
 
 
-def _script(shown: Preprocessing, class_names: tuple[str, ...]) -> str:
-    """Fifteen lines that give the figures above, without torch."""
+def _script(shown: Preprocessing) -> str:
+    """Give the figures above without torch, in about fifteen lines."""
     channels, height, width = shown.input_size
     mode = {1: "L", 3: "RGB"}.get(channels)
-    lines = ["import numpy as np", "import onnxruntime", *(["from PIL import Image"] if mode else []), ""]
-    lines += ['session = onnxruntime.InferenceSession("model.onnx")', f"names = {list(class_names)!r}", ""]
+    lines = ["import json", "import numpy as np", "import onnxruntime", *(["from PIL import Image"] if mode else [])]
+    lines.append('session = onnxruntime.InferenceSession("model.onnx")')
+    lines.append("told = session.get_modelmeta().custom_metadata_map")
+    lines += ['names, shown = (json.loads(told[key]) for key in ("class_names", "preprocessing"))', ""]
     if mode is None:
         lines.append(f"def classify(pixels):  # uint8, ({channels}, {height}, {width})")
     else:
         lines += ["def classify(path):", f'    picture = Image.open(path).convert("{mode}")']
         if shown.resized:
             lines += [
-                f"    size = [int({shown.resize} * x / min(picture.size)) for x in picture.size]",
+                '    size = [int(shown["resize"] * x / min(picture.size)) for x in picture.size]',
+                f"    left, top = (round((x - y) / 2) for x, y in zip(size, ({width}, {height})))",
                 "    picture = picture.resize(size, Image.Resampling.BILINEAR)",
-                f"    left, top = (round((x - y) / 2.0) for x, y in zip(picture.size, ({width}, {height})))",
-                f"    picture = picture.crop((left, top, left + {width}, top + {height}))",
             ]
-        lines.append(f"    pixels = np.asarray(picture).reshape({height}, {width}, {channels}).transpose(2, 0, 1)")
+        taken = f"picture.crop((left, top, left + {width}, top + {height}))" if shown.resized else "picture"
+        lines.append(f"    pixels = np.asarray({taken}).reshape({height}, {width}, {channels}).transpose(2, 0, 1)")
     lines += [
-        f"    mean, std = (np.reshape(x, (-1, 1, 1)) for x in ({list(shown.mean)}, {list(shown.std)}))",
+        '    mean, std = (np.reshape(shown[key], (-1, 1, 1)) for key in ("mean", "std"))',
         "    images = ((pixels / 255 - mean) / std)[None].astype(np.float32)",
         '    return names[session.run(["logits"], {"images": images})[0].argmax()]',
     ]

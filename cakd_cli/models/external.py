@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -12,7 +12,25 @@ from torch import nn
 
 from cakd_cli.errors import InputError, RecipeError, first_line, nearest
 from cakd_cli.models.base import ModelSpec
-from cakd_cli.models.weights import load_state
+from cakd_cli.models.weights import load_state, read_state
+
+
+class PublishedForm(NamedTuple):
+    """What a library says of published weights.
+
+    Attributes:
+        mean: Of each channel, for pixels in [0, 1], as the weights expect images to be normalised.
+        std: Likewise.
+        input_size: Channels, height and width of the images.
+        num_classes: Logits.
+        class_names: In the order of the logits; none where the library does not tell them.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...] | None
 
 
 class ExternalSpec(ModelSpec):
@@ -32,9 +50,41 @@ class ExternalSpec(ModelSpec):
         """
         raise NotImplementedError
 
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation, of pixels in [0, 1], that the published weights expect."""
+    def could_be_pretrained(self) -> bool:
+        """Whether it starts fresh although its library has published weights of it."""
+        if self.pretrained or self.weights is not None:
+            return False
+        try:
+            self.model_copy(update={"pretrained": True}).published_form()
+        except RecipeError:
+            return False
+        return True
+
+    @property
+    def published_label(self) -> str:
+        """What a person calls this network with the weights that it starts from."""
+        return self.label
+
+    def published_form(self) -> PublishedForm:
+        """Say what the published weights are made for; nothing is downloaded.
+
+        Raises:
+            RecipeError: If the library has none for this network, or they have no classifier.
+        """
         raise NotImplementedError
+
+    def count_classes(self, published: int) -> int:
+        """Count the classes that the weights tell apart: a file of them may have another head than the published ones.
+
+        Raises:
+            InputError: If the file is missing or damaged.
+        """
+        if self.weights is None:
+            return published
+        shown = self.published_form()
+        model = self.build(in_channels=shown.input_size[0], num_classes=published)
+        rows = read_state(Path(self.weights).expanduser()).get(f"{_last_linear(model)}.weight")
+        return published if rows is None else len(rows)
 
     @property
     def label(self) -> str:
@@ -67,13 +117,15 @@ class TorchvisionSpec(ExternalSpec):
         False, description="start from published weights, by name (IMAGENET1K_V1); true = torchvision's default"
     )
 
-    def _known(self) -> list[str]:
+    @staticmethod
+    def known() -> list[str]:
+        """Names of torchvision's classifiers that answer with one output."""
         from torchvision import models
 
         return [name for name in models.list_models(module=models) if name not in _SEVERAL_OUTPUTS]
 
     def _check_names(self) -> None:
-        known = self._known()
+        known = self.known()
         if self.name in _SEVERAL_OUTPUTS:
             raise RecipeError(
                 f"torchvision:{self.name} answers with several outputs while it trains", hint="choose another network"
@@ -129,9 +181,16 @@ class TorchvisionSpec(ExternalSpec):
         load_but_head(model, state, source=self.label)
         return model
 
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        transform = self._published_weights().transforms()
-        return tuple(transform.mean), tuple(transform.std)
+    @property
+    def published_label(self) -> str:
+        return f"{self.label}@{self._published_weights().name}" if self.weights is None else self.label
+
+    def published_form(self) -> PublishedForm:
+        self._check_names()
+        weights = self._published_weights()
+        shown, names = weights.transforms(), tuple(weights.meta["categories"])
+        (size,) = shown.crop_size
+        return PublishedForm(tuple(shown.mean), tuple(shown.std), (3, size, size), len(names), names)
 
 
 class TimmSpec(ExternalSpec):
@@ -179,9 +238,36 @@ class TimmSpec(ExternalSpec):
             ) from error
         return cast(nn.Module, model)
 
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def published_form(self) -> PublishedForm:
         config = self._timm().get_pretrained_cfg(self.name)
-        return tuple(config.mean), tuple(config.std)
+        if config is None:
+            raise RecipeError(
+                f"timm has no published weights of {self.name}", hint=f"give a file: weights=PATH of timm:{self.name}"
+            )
+        if not config.num_classes:
+            raise RecipeError(
+                f"the published weights of {self.label} have no classifier",
+                hint=f"train one on it: cakd train-teacher --model {self.label} model.pretrained=true",
+            )
+        return PublishedForm(
+            tuple(config.mean),
+            tuple(config.std),
+            tuple(config.input_size),
+            config.num_classes,
+            timm_classes(config.to_dict()),
+        )
+
+
+def timm_classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Name the classes of timm's weights, if their configuration tells them; ImageNet's are WordNet's ids."""
+    from timm.data import imagenet_info
+
+    names = config.get("label_names")
+    if isinstance(names, list | tuple) and len(names) == config["num_classes"]:
+        return tuple(map(str, names))
+    told: Any = imagenet_info
+    subset = told.infer_imagenet_subset(config)
+    return tuple(told.ImageNetInfo(subset).label_names()) if subset else None
 
 
 def _missing_download(label: str, url: str) -> str | None:
@@ -196,10 +282,14 @@ def load_but_head(model: nn.Module, state: Mapping[str, Any], *, source: str) ->
         InputError: If anything else does not fit.
     """
     own = model.state_dict()
-    heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     fresh = {
         name: own[name]
-        for name in (f"{head}.{kind}" for head in heads[-1:] for kind in ("weight", "bias"))
+        for name in (f"{_last_linear(model)}.{kind}" for kind in ("weight", "bias"))
         if name in own and (name not in state or state[name].shape != own[name].shape)
     }
     load_state(model, {**state, **fresh}, source=source)
+
+
+def _last_linear(model: nn.Module) -> str:
+    """Name the classifier; empty where no layer is linear."""
+    return next((name for name, module in reversed([*model.named_modules()]) if isinstance(module, nn.Linear)), "")

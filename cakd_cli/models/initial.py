@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cakd_cli.errors import RecipeError, first_line
+from cakd_cli.errors import RecipeError, first_line, place_in_own_code
 from cakd_cli.models.base import ModelSpec
 from cakd_cli.models.external import ExternalSpec, load_but_head
 from cakd_cli.models.weights import load_state, read_state
@@ -30,9 +30,10 @@ def initial_network(spec: ModelSpec, example: Tensor, num_classes: int, *, fetch
         return spec.published(**sizes) if fetch else spec.build(**sizes)
     model = spec.build(**sizes)
     if spec.weights is not None:
-        # Published weights from a file may have another head; weights that somebody trained must fit.
-        load = load_but_head if pretrained else load_state
-        load(model, read_state(Path(spec.weights).expanduser()), source=spec.weights)
+        path = Path(spec.weights).expanduser()
+        # Published weights from a file, and those of a run, may have another head; other weights must fit.
+        load = load_but_head if pretrained or path.is_dir() else load_state
+        load(model, read_state(path / "model.safetensors" if path.is_dir() else path), source=spec.weights)
     return model
 
 
@@ -41,6 +42,16 @@ def check_takes(model: nn.Module, example: Tensor, num_classes: int, name: str) 
 
     Raises:
         RecipeError: If it cannot take it, or does not answer with a logit a class.
+    """
+    if count_logits(model, example, name) != num_classes:
+        raise RecipeError(f"{name} does not answer with one logit for each of {num_classes} classes")
+
+
+def count_logits(model: nn.Module, example: Tensor, name: str) -> int:
+    """Show a network, on the CPU, one image, and count its logits.
+
+    Raises:
+        RecipeError: If it cannot take it, or does not answer with logits.
     """
     try:
         # Not in inference mode: what a network computes once and keeps must serve training too.
@@ -51,9 +62,11 @@ def check_takes(model: nn.Module, example: Tensor, num_classes: int, name: str) 
     except Exception as error:
         # Other people's networks refuse with whatever they like.
         size = " x ".join(map(str, example.shape[1:]))
+        where = place_in_own_code(error)
         raise RecipeError(
-            f"{name} cannot take images of {size}: {first_line(error)}",
+            f"{name} cannot take images of {size}: {f'{where}: ' if where else ''}{first_line(error)}",
             hint="another network; or, for a folder's images, another size: data.image_size=224",
         ) from error
-    if not isinstance(answer, Tensor) or answer.shape != (1, num_classes):
-        raise RecipeError(f"{name} does not answer with one logit for each of {num_classes} classes")
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 1:
+        raise RecipeError(f"{name} does not answer with logits, one for each class")
+    return answer.shape[1]

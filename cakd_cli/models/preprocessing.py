@@ -33,13 +33,19 @@ class Preprocessing:
         """Length of the shorter side before the crop, in pixels; none where pictures are taken as they are."""
         return round(self.input_size[1] / self.crop_pct) if self.resized else None
 
-    def document(self) -> dict[str, Any]:
-        """Say all of it, in the order in which it is done."""
+    def document(self, *, pixels: bool = False) -> dict[str, Any]:
+        """Say all of it, in the order in which it is done.
+
+        Args:
+            pixels: Of a file that takes uint8 pixels, channels last, and does the rest itself.
+        """
         channels, height, width = self.input_size
-        steps: dict[str, Any] = {"colour": "RGB" if channels == 3 else f"{channels} channel(s)"}
+        steps: dict[str, Any] = {"colour": {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")}
         if self.resized:
             steps |= {"resize": self.resize, "interpolation": self.interpolation, "antialias": True}
         steps |= {"centre_crop": [height, width]} if self.resized else {"size": [height, width]}
+        if pixels:
+            return steps | {"layout": "NHWC, uint8"}
         return steps | {"divide_by": 255, "mean": list(self.mean), "std": list(self.std), "layout": "NCHW, float32"}
 
     @classmethod

@@ -46,12 +46,22 @@ class SavedModel:
     preprocessing: Preprocessing
     facts: Mapping[str, Any]
 
-    def describe(self) -> dict[str, Any]:
-        """What whoever runs the network must know: version, class names and preprocessing."""
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image may have several labels, so that each class is decided by itself."""
+        return "map" in self.facts.get("metrics", {}).get("test", {})
+
+    def describe(self, *, pixels: bool = False) -> dict[str, Any]:
+        """What whoever runs an exported file must know: its version, class names, preprocessing and probabilities.
+
+        Args:
+            pixels: Of a file that takes uint8 pixels, channels last, and answers with probabilities.
+        """
         return {
             "producer": f"cakd {__version__}",
             "class_names": list(self.class_names),
-            "preprocessing": self.preprocessing.document(),
+            "preprocessing": self.preprocessing.document(pixels=pixels),
+            "probabilities": "sigmoid" if self.several_labels else "softmax",
         }
 
 

@@ -4,6 +4,8 @@ Precedence: default < recipe file < KEY=VALUE < flag. A deeper key refines what 
 ``--loss dkd loss.1.beta=4`` does what it says.
 """
 
+import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from cakd_cli import data, losses, models, options
 from cakd_cli.errors import RecipeError, UsageError, nearest
 from cakd_cli.recipe import published, shipped, strict_yaml
 from cakd_cli.recipe.schema import Keys, Recipe
+from cakd_cli.teachers import EnsembleTeacher, single_teachers
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,28 @@ def resolve(
     recipe = _validate(raw, mistakes)
     mistakes.report()
     assert recipe is not None
+    of_run = names and (file is not None or _is_of_run(names[0]))
+    _allow_own_code(recipe, mistakes, names[0] if of_run else None)
     # The length of the run is known here: what depends on it alone is no longer automatic.
     update: dict[str, Any] = {"loss": tuple(term.over(recipe.engine.epochs) for term in recipe.loss)}
     if recipe.protocol == "literature":
         update["data"] = recipe.data.model_copy(update={"validation_fraction": 0.0})
     return recipe.model_copy(update=update)
+
+
+def _is_of_run(name: str) -> bool:
+    return os.path.isfile(os.path.join(os.path.dirname(os.path.expanduser(name)), "run.json"))
+
+
+def _allow_own_code(recipe: Recipe, mistakes: _Mistakes, run: str | None) -> None:
+    """Let the Python files be executed that a person named; those that the recipe of a run names are not."""
+    teachers = single_teachers(recipe.teacher)
+    several = isinstance(recipe.teacher, EnsembleTeacher)
+    places: dict[Keys, Any] = {("teacher", *(("members", i) if several else ())): t for i, t in enumerate(teachers)}
+    for keys, spec in {("model",): recipe.model, **places}.items():
+        asked = run is None or not mistakes.origin((*keys, "file")).startswith(f"{run}:")
+        if isinstance(spec, models.OwnCodeSpec) and asked:
+            spec.allow()
 
 
 def _published_keys(row: str, method: str, typed: Sequence[_Assignment | None]) -> list[_Assignment]:
@@ -153,7 +173,14 @@ def _sort_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _read(name: str, mistakes: _Mistakes) -> dict[str, Any]:
-    path, title = shipped.find(name)
+    try:
+        path, title = shipped.find(name)
+    except RecipeError as error:
+        if name.partition(":")[0] not in data.names() and os.path.isdir(os.path.expanduser(name)):
+            name = f"folder:{name}"
+        if name.partition(":")[0] in data.names() and ":" in name:
+            error.hint = f"data is given by --data {shlex.quote(name)}"
+        raise
     try:
         with path.open(encoding="utf-8") as file:
             document = strict_yaml.parse(file.read(strict_yaml.MOST_CHARACTERS + 1))
@@ -213,35 +240,71 @@ def _expand(key: str | int, value: Any, methods: Mapping[str, Any], mistakes: _M
         return {**value, "members": members}
     if not isinstance(value, str):
         return value
+    if key in ("model", "teacher") and (value.startswith("python:") or (key, value) == ("model", "python")):
+        return _own_code(value, str(key), mistakes, origin)
     if key == "data":
         return _expand_spec(value, data.names(), "data", mistakes, origin)
     if key == "model":
         return _with_weights(_expand_spec(value, models.names(), "model", mistakes, origin))
     if key in ("optimizer", "schedule"):
         return {"type": value}
-    if key == "teacher" and not value:
-        mistakes.add(origin, "teacher: is empty")
-    if key == "teacher" and value.startswith("["):
-        mistakes.add(origin, "teacher: several are --teacher given again, or teacher=[a, b]")
     if key == "teacher":
-        name, _, argument = value.partition(":")
-        if name in ("torchvision", "timm") and argument:
-            return _with_weights({"type": name, "name": argument, "pretrained": True})
-        if value in models.names() and not Path(value).exists():
-            return {"type": value}
-        return {"type": "run", "path": value}
+        return _expand_teacher(value, mistakes, origin)
     if key == "loss":
-        if value not in methods:
-            mistakes.add(origin, f"loss: no method '{value}'; {nearest(value, sorted(methods))}")
-            return [{"type": "cross-entropy"}]
-        terms = methods[value]
-        return [dict(term) if isinstance(term, dict) else term for term in terms] if isinstance(terms, list) else terms
+        return _expand_method(value, methods, mistakes, origin)
     return value
+
+
+def _expand_teacher(value: str, mistakes: _Mistakes, origin: str) -> dict[str, Any]:
+    if not value:
+        mistakes.add(origin, "teacher: is empty")
+    if value.startswith("["):
+        mistakes.add(origin, "teacher: several are --teacher given again, or teacher=[a, b]")
+    name, _, argument = value.partition(":")
+    if name in ("torchvision", "timm") and argument:
+        return _with_weights({"type": name, "name": argument, "pretrained": True})
+    if name == "hf-hub":
+        return {"type": name, "name": argument}
+    if name == "onnx" and argument:
+        return {"type": name, "path": argument}
+    if value.endswith(".onnx") and not os.path.isdir(os.path.expanduser(value)):
+        return {"type": "onnx", "path": value}
+    if value in models.names() and not Path(value).exists():
+        return {"type": value}
+    return {"type": "run", "path": value}
+
+
+def _own_code(value: str, key: str, mistakes: _Mistakes, origin: str) -> dict[str, Any]:
+    """Take ``python:FILE.py:FUNCTION`` apart; another file, or another state of it, is not the one before."""
+    file, _, function = value.partition(":")[2].rpartition(":")
+    if not file or not function:
+        lacking = "its function" if file or function else "its file and function"
+        mistakes.add(origin, f"{key}: '{value}' lacks {lacking}; write python:FILE.py:FUNCTION")
+        return {"type": "run", "path": "."} if key == "teacher" else {"type": "resnet8"}
+    return {"type": "python", "file": file, "function": function, "sha256": None}
+
+
+def _expand_method(value: str, methods: Mapping[str, Any], mistakes: _Mistakes, origin: str) -> Any:
+    if value not in methods:
+        wrong = f"no method '{value}'; {nearest(value, sorted(methods))}"
+        if "," in value:
+            wrong = f"a run has one method, got '{value}'; several are for cakd sweep --loss {value}"
+        mistakes.add(origin, f"loss: {wrong}")
+        return [{"type": "cross-entropy"}]
+    terms = methods[value]
+    return [dict(term) if isinstance(term, dict) else term for term in terms] if isinstance(terms, list) else terms
 
 
 def _expand_spec(
     value: str, specs: Mapping[str, type[Any]], what: str, mistakes: _Mistakes, origin: str
 ) -> dict[str, Any]:
+    meant = _meant_data(value) if what == "data" else ""
+    if meant in specs:
+        mistakes.add(origin, f"{what}: '{value}' does not say what kind of data it is; write {meant}:{value}")
+        return {"type": meant, str(specs[meant].shorthand): value}
+    if what == "model" and value not in specs and os.path.exists(os.path.join(value, "config.json")):
+        mistakes.add(origin, f"model: '{value}' is a run; name its network, and model.weights={value}")
+        return {"type": "resnet8"}
     name, colon, argument = value.partition(":")
     shorthand = specs[name].shorthand if name in specs else None
     if name in specs and shorthand and not argument:
@@ -250,6 +313,19 @@ def _expand_spec(
     if name in specs and colon and not shorthand:
         mistakes.add(origin, f"{what}: '{name}' takes nothing after a colon, got '{argument}'")
     return {"type": name, shorthand: argument} if shorthand else {"type": name}
+
+
+# The kind of data that a file is, by the end of its name.
+_KINDS_OF_FILES = {".csv": "csv", ".safetensors": "tensors", ".tar": "wds"}
+
+
+def _meant_data(value: str) -> str:
+    """Guess the kind of data that a path without its kind is of; empty if it is no path."""
+    if value.partition(":")[0] in data.names():
+        return ""
+    # Unlike Path's, these functions take whatever somebody may type.
+    path = os.path.expanduser(value)
+    return "folder" if os.path.isdir(path) else _KINDS_OF_FILES.get(os.path.splitext(path)[1].lower(), "")
 
 
 def _with_weights(spec: dict[str, Any]) -> dict[str, Any]:
@@ -355,6 +431,9 @@ def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
     section = _section_at(keys[:-1], raw)
     if "extra_forbidden" in kinds:
         known = list(section.model_fields) if section else []
+        inside = _sections_with(str(keys[-1])) if len(keys) == 1 else []
+        if inside:
+            return f"unknown key; did you mean {' or '.join(inside)}?"
         return f"unknown key; {nearest(str(keys[-1]), known)}"
     described = section.model_fields.get(str(keys[-1])) if section and keys else None
     note = f" ({described.description})" if described is not None and described.description else ""
@@ -372,6 +451,16 @@ def _explain(keys: Keys, group: list[Any], raw: Any) -> str:
         return f"needs a key 'type', got {given!r}"
     message = " or ".join(dict.fromkeys(_in_words(detail) for detail in group))
     return f"{message}, got {given!r}{note}"
+
+
+def _sections_with(key: str) -> list[str]:
+    """Find a key that was given without its section; of a loss it is most often the second term's."""
+    found = [
+        f"{name}.1.{key}" if name == "loss" else f"{name}.{key}"
+        for name, field in Recipe.model_fields.items()
+        if key != "type" and any(key in section.model_fields for section in _sections_in(field.annotation))
+    ]
+    return [place for place in found if not place.startswith("loss")] or found
 
 
 def _no_such_word(word: str, known: list[str]) -> str:
@@ -417,7 +506,9 @@ _WORDS = {
 def _in_words(detail: Any) -> str:
     sentence = _WORDS.get(detail["type"])
     if sentence is None:
-        return str(detail["msg"])
+        # Of a validator that raised a plain ValueError pydantic would say that it did.
+        text = str(detail.get("ctx", {}).get("error", detail["msg"]))
+        return text[:1].lower() + text[1:]
     return sentence.format(**{name: _number(value) for name, value in detail.get("ctx", {}).items()})
 
 

@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 
 from cakd_cli.data import DataOptions
 from cakd_cli.losses import LossOptions
-from cakd_cli.models import ModelOptions, ModelSpec
+from cakd_cli.models import ModelOptions, ModelSpec, OwnCodeSpec
 from cakd_cli.options import Options, mistakes
-from cakd_cli.teachers import EnsembleTeacher, TeacherOptions, single_teachers
+from cakd_cli.teachers import EnsembleTeacher, OnnxTeacher, TeacherOptions, single_teachers
 
 Keys = tuple[str | int, ...]
 
@@ -141,6 +141,9 @@ class Recipe(Options):
     data: DataOptions = Field(description="what to look at")
     model: ModelOptions = Field(description="the network that learns: the student, or the teacher in train-teacher")
     teacher: TeacherOptions | None = Field(None, description="the network to learn from")
+    class_map: str | None = Field(
+        None, min_length=1, description="file that says which of the teacher's classes are the data's; none = by name"
+    )
     loss: tuple[LossOptions, ...] = Field(strict=False, description="terms of the loss, summed")
     optimizer: Annotated[SGDOptions | AdamWOptions, Field(discriminator="type")] = Field(default_factory=SGDOptions)
     schedule: Annotated[CosineSchedule | StepSchedule | ConstantSchedule, Field(discriminator="type")] = Field(
@@ -167,11 +170,20 @@ class Recipe(Options):
     @model_validator(mode="after")
     def _check_keys_together(self) -> Self:
         wrong = [*self._wrong_loss(), *self._wrong_teacher(), *self._wrong_engine()]
+        if self.data.mix != "none":
+            wrong += self._wrong_mix()
         if self.protocol == "literature" and self.data.validation_fraction and _given(self.data, "validation_fraction"):
             wrong.append((("data", "validation_fraction"), "holds images out, and protocol literature trains on all"))
         if wrong:
             raise mistakes(wrong, self)
         return self
+
+    def _wrong_mix(self) -> Iterator[tuple[Keys, str]]:
+        if self.needs_second_view:
+            yield ("data", "mix"), "goes with one view of each image, and the loss looks at two"
+        for i, term in enumerate(self.loss):
+            if term.needs_label and term.trains_itself:
+                yield ("loss", i, "type"), f"{term.type} keeps what it learns of each label, and mixed images have two"
 
     def _wrong_loss(self) -> Iterator[tuple[Keys, str]]:
         if not self.loss:
@@ -195,14 +207,24 @@ class Recipe(Options):
         if self.needs_teacher and self.teacher is None:
             term = next(term for term in self.loss if term.needs.teacher)
             yield ("teacher",), f"is missing, and the term {term.type} needs one; give --teacher"
+        if self.class_map is not None and self.teacher is None:
+            yield ("class_map",), "is of a teacher's classes, and there is no teacher; give --teacher"
         several = isinstance(self.teacher, EnsembleTeacher)
         for teacher in single_teachers(self.teacher):
             if not isinstance(teacher, ModelSpec) or self.data.is_noise:
                 continue
             if not (teacher.weights or getattr(teacher, "pretrained", False)):
                 place = f"{{type: {teacher.label}, weights: FILE}} in the list" if several else "teacher.weights=FILE"
-                yield ("teacher",), f"{teacher.label} has fresh weights; give {place}, or name a run directory"
-        if several and any(term.looks_inside for term in self.loss):
+                other = "teacher.pretrained=true" if isinstance(teacher, OwnCodeSpec) else "name a run directory"
+                yield ("teacher",), f"{teacher.label} has fresh weights; give {place}, or {other}"
+        inside = next((term for term in self.loss if term.looks_inside), None)
+        if isinstance(self.teacher, OnnxTeacher) and inside is not None:
+            yield (
+                ("teacher",),
+                f"is an ONNX file, which shows no layers, and the term {inside.type} compares them; "
+                "use --loss cakd-logits",
+            )
+        if several and inside is not None:
             yield (
                 ("teacher",),
                 "is several networks, and features are compared with one; use --loss cakd-logits",

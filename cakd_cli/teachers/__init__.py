@@ -7,13 +7,18 @@ from pydantic import Field
 from cakd_cli.data import ImageDataSet
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import ModelOptions, ModelSpec
+from cakd_cli.teachers.classes import ClassMap
 from cakd_cli.teachers.ensemble import EnsembleTeacher, load_ensemble
-from cakd_cli.teachers.network import RunTeacher, Teacher, load_network
+from cakd_cli.teachers.hub import HubTeacher
+from cakd_cli.teachers.network import RunTeacher, Teacher, TeacherSpec, load_network
+from cakd_cli.teachers.onnx_file import OnnxTeacher
 
-TeacherOptions = Annotated[RunTeacher | ModelOptions | EnsembleTeacher, Field(discriminator="type")]
+TeacherOptions = Annotated[
+    RunTeacher | HubTeacher | OnnxTeacher | ModelOptions | EnsembleTeacher, Field(discriminator="type")
+]
 
 
-def single_teachers(teacher: RunTeacher | ModelSpec | EnsembleTeacher | None) -> list[RunTeacher | ModelSpec]:
+def single_teachers(teacher: TeacherSpec | ModelSpec | EnsembleTeacher | None) -> list[TeacherSpec | ModelSpec]:
     """List the teachers of a recipe one by one."""
     if teacher is None:
         return []
@@ -21,30 +26,40 @@ def single_teachers(teacher: RunTeacher | ModelSpec | EnsembleTeacher | None) ->
 
 
 def load_teacher(
-    spec: RunTeacher | ModelSpec | EnsembleTeacher, data: ImageDataSet, hardware: Hardware, *, fetch: bool = True
+    spec: TeacherSpec | ModelSpec | EnsembleTeacher,
+    data: ImageDataSet,
+    hardware: Hardware,
+    *,
+    fetch: bool = True,
+    class_map: ClassMap | None = None,
 ) -> Teacher:
-    """Read a teacher and check that its classes are the data's.
+    """Read a teacher and fit it to the data's images and classes.
 
     Args:
         spec: The recipe's.
         data: What it will be asked about.
         hardware: Where.
         fetch: Whether published weights may be downloaded.
+        class_map: Which of its classes are the data's, where names do not say so.
 
     Raises:
         InputError: If its files are missing or damaged.
-        RecipeError: If its classes or channels are not the data's.
+        RecipeError: If its channels are not the data's, or a class of the data is none of its.
     """
     if isinstance(spec, EnsembleTeacher):
-        return load_ensemble(spec, data, hardware, fetch=fetch)
-    return load_network(spec, data, hardware, fetch=fetch)
+        return load_ensemble(spec, data, hardware, fetch=fetch, class_map=class_map)
+    return load_network(spec, data, hardware, fetch=fetch, class_map=class_map)
 
 
 __all__ = [
+    "ClassMap",
     "EnsembleTeacher",
+    "HubTeacher",
+    "OnnxTeacher",
     "RunTeacher",
     "Teacher",
     "TeacherOptions",
+    "TeacherSpec",
     "load_teacher",
     "single_teachers",
 ]

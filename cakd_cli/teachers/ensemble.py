@@ -16,9 +16,12 @@ from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import ModelOptions
 from cakd_cli.models.layers import LOGITS
 from cakd_cli.options import Options, mistakes
+from cakd_cli.teachers.classes import ClassMap
+from cakd_cli.teachers.hub import HubTeacher
 from cakd_cli.teachers.network import RunTeacher, Teacher, load_network
+from cakd_cli.teachers.onnx_file import OnnxTeacher
 
-OneTeacher = Annotated[RunTeacher | ModelOptions, Field(discriminator="type")]
+OneTeacher = Annotated[RunTeacher | HubTeacher | OnnxTeacher | ModelOptions, Field(discriminator="type")]
 
 
 class EnsembleTeacher(Options):
@@ -100,9 +103,16 @@ class Ensemble(nn.Module):
         return (log_share_M11 + log_MBC).logsumexp(0)
 
 
-def load_ensemble(spec: EnsembleTeacher, data: ImageDataSet, hardware: Hardware, *, fetch: bool = True) -> Teacher:
+def load_ensemble(
+    spec: EnsembleTeacher,
+    data: ImageDataSet,
+    hardware: Hardware,
+    *,
+    fetch: bool = True,
+    class_map: ClassMap | None = None,
+) -> Teacher:
     """Read the members and let them answer as one; arguments and errors as of :func:`load_network`."""
-    members = [load_network(member, data, hardware, fetch=fetch) for member in spec.members]
+    members = [load_network(member, data, hardware, fetch=fetch, class_map=class_map) for member in spec.members]
     weights = spec.weights or (1.0,) * len(members)
     model = Ensemble(
         [member.model for member in members],
@@ -122,4 +132,6 @@ def load_ensemble(spec: EnsembleTeacher, data: ImageDataSet, hardware: Hardware,
         weights_hash=" ".join(member.weights_hash for member in members),
         shapes={LOGITS: (data.num_classes,)},
         is_ensemble=True,
+        classes={member.name: member.classes for member in members if member.classes},
+        notes=tuple(note for member in members for note in member.notes),
     )

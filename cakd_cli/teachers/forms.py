@@ -8,7 +8,7 @@ folded-nchw   folded, in the layout of channels first
 compiled      folded, then compiled
 
 A teacher whose inner layers are tapped has the plain form alone: folding changes what layers say. So has one that
-is asked for gradients on its way.
+is asked for gradients on its way, and one without weights, as an ONNX file.
 """
 
 import contextlib
@@ -33,8 +33,6 @@ from cakd_cli.teachers.network import Teacher
 WORTH_MEASURING_SECONDS = 60.0
 # An answering time that pays for a compilation of half a minute even where it gains a tenth.
 WORTH_COMPILING_SECONDS = 600.0
-# Images that a form is measured on.
-_SAMPLE = 64
 _ROUNDS = 3
 # A form may be this many times as far from the float32 answers as the plain form is; rounding in float32 is the floor.
 _SLACK, _FLOOR = 2.0, 1e-4
@@ -57,7 +55,7 @@ class Form:
 
     def __init__(self, teacher: Teacher, name: str, hardware: Hardware) -> None:
         if name != "plain" and plain_alone(teacher):
-            raise ValueError("layers inside a network are not what they were once it is folded")
+            raise ValueError(plain_alone(teacher))
         self.name = name
         if name in ("folded-fp32", "folded-bf16"):
             hardware = replace(hardware, precision="fp32")
@@ -97,9 +95,12 @@ class Form:
         self._model.close()
 
 
-def plain_alone(teacher: Teacher) -> bool:
-    """Whether a teacher can only answer in its plain form."""
-    return any(tap.form != "vector" or not tap.of_input for tap in teacher.taps)
+def plain_alone(teacher: Teacher) -> str:
+    """Why a teacher can only answer in its plain form; empty if it can in others."""
+    if next(teacher.model.parameters(), None) is None:
+        return "it has no weights that could be folded"
+    inside = any(tap.form != "vector" or not tap.of_input for tap in teacher.taps)
+    return "layers inside a network are not what they were once it is folded" if inside else ""
 
 
 def make_form(teacher: Teacher, name: str, hardware: Hardware) -> Form:
@@ -135,7 +136,7 @@ def fastest_form(
     Args:
         teacher: Whose forms.
         hardware: The run's.
-        images: Some of its uint8 images, on the device.
+        images: A batch of the run's, uint8 and on the device: which form is the fastest depends on its size.
         asks: Images that the run will ask about, at most.
         compiled: The recipe's ``engine.compile``: whether to try, ``auto`` where the work is long enough.
         float32: Whether answers with the digits of float32 are of use where the recipe says bf16.
@@ -144,7 +145,6 @@ def fastest_form(
         The form's name, and why it was taken; empty where the answers take too little time for it to matter, or no
         other can be.
     """
-    images = images[:_SAMPLE]
     with contextlib.ExitStack() as stack:
         plain = stack.enter_context(contextlib.closing(Form(teacher, "plain", hardware)))
         plain.answer(images)  # the first call of a kernel is not like the others

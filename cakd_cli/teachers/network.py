@@ -1,32 +1,59 @@
-"""A network that answers: a run of cakd, or one of another library."""
+"""A network that answers: a run of cakd, or one of another library, fitted to the data that it is asked about."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.errors import RecipeError
 from cakd_cli.machine.hardware import Hardware
-from cakd_cli.models import ExternalSpec, ModelSpec, saving
-from cakd_cli.models.initial import check_takes, initial_network
+from cakd_cli.models import ExternalSpec, ModelSpec, hub, saving
+from cakd_cli.models.initial import count_logits, initial_network
 from cakd_cli.models.layers import LOGITS, Tap, locate
 from cakd_cli.options import Options
+from cakd_cli.teachers.classes import ClassMap, Mapped, map_classes
+from cakd_cli.teachers.fitted import fitted
+from cakd_cli.teachers.weights_file import weights_alone
 
 
-class RunTeacher(Options):
-    """A teacher trained by cakd, or any folder with model.safetensors and config.json."""
+@dataclass(frozen=True)
+class Found:
+    """A network as its file or library gives it, before it is fitted to any data.
 
-    type: Literal["run"] = "run"
-    path: str = Field(description="run directory or exported folder")
+    Attributes:
+        model: On the CPU.
+        mean: Of each channel, as it expects images to be normalised, for pixels in [0, 1].
+        std: Likewise.
+        name: As a person would say it.
+        architecture: Everything but the weights that decides what it computes.
+        class_names: In the order of its logits; none where they are not known.
+        input_size: Channels, height and width of the images that it was made for; none where any will do.
+        facts: What its own run recorded; may be empty.
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+    architecture: str
+    class_names: tuple[str, ...] | None = None
+    input_size: tuple[int, int, int] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TeacherSpec(Options):
+    """A teacher that is no network of a recipe's ``model:``, and how it is found."""
 
     @property
     def label(self) -> str:
         """What a person calls this teacher."""
-        return self.path
+        raise NotImplementedError
 
     @property
     def origin(self) -> str:
@@ -34,8 +61,51 @@ class RunTeacher(Options):
         return "trained"
 
     def missing_file(self) -> str | None:
-        """Nothing would be downloaded."""
+        """Say what would be downloaded before it can be read; none if all is here."""
         return None
+
+    def find(self, data: ImageDataSet, *, fetch: bool) -> Found:
+        """Read it.
+
+        Args:
+            data: What it will be asked about; a file that does not say how images are normalised is given the data's.
+            fetch: Whether anything may be downloaded.
+
+        Raises:
+            InputError: If its files are missing or damaged.
+        """
+        raise NotImplementedError
+
+
+class RunTeacher(TeacherSpec):
+    """A teacher trained by cakd, or a folder in the layout of timm or of transformers."""
+
+    type: Literal["run"] = "run"
+    path: str = Field(description="run directory, exported folder, or a folder with config.json and model.safetensors")
+
+    @property
+    def label(self) -> str:
+        return self.path
+
+    def find(self, data: ImageDataSet, *, fetch: bool) -> Found:
+        folder = Path(self.path).expanduser()
+        if folder.is_file():
+            raise weights_alone(folder, self.path)
+        config = hub.read_config(folder)
+        if config is not None:
+            return of_hub(hub.read_folder(folder, config), self.path)
+        saved = saving.read(folder)
+        shown = saved.preprocessing
+        return Found(
+            model=saved.model,
+            mean=shown.mean,
+            std=shown.std,
+            name=f"{saved.spec.label} of {self.path}",
+            architecture=saved.spec.architecture,
+            class_names=saved.class_names,
+            input_size=shown.input_size,
+            facts=saved.facts,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +123,9 @@ class Teacher:
         facts: What its own run recorded; may be empty.
         taps: Layers that it answers with beside the logits.
         is_ensemble: Whether it is several networks that answer as one.
+        mapped: Its own classes of each of the data's; none where they are the same.
+        classes: The whole of that by names, as a run records it; empty where they are the same.
+        notes: What a user should know of how it was fitted to the data.
     """
 
     model: nn.Module
@@ -65,6 +138,9 @@ class Teacher:
     facts: Mapping[str, Any] = field(default_factory=dict)
     taps: tuple[Tap, ...] = ()
     is_ensemble: bool = False
+    mapped: Mapped | None = None
+    classes: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def with_taps(self, taps: tuple[Tap, ...], data: ImageDataSet, hardware: Hardware) -> "Teacher":
         """Return the same teacher that answers with these layers as well.
@@ -73,70 +149,113 @@ class Teacher:
             RecipeError: If it lacks one of them.
         """
         example = data.input.example(hardware.device)
-        found = locate(self.model, taps, data.num_classes, example, name=f"the teacher {self.name}")
-        return replace(self, taps=found.taps, shapes=found.shapes)
+        own = data.num_classes if self.mapped is None else self.mapped.total
+        found = locate(self.model, taps, own, example, name=f"the teacher {self.name}")
+        return replace(self, taps=found.taps, shapes={**found.shapes, LOGITS: (data.num_classes,)})
 
 
 def load_network(
-    spec: RunTeacher | ModelSpec, data: ImageDataSet, hardware: Hardware, *, fetch: bool = True
+    spec: TeacherSpec | ModelSpec,
+    data: ImageDataSet,
+    hardware: Hardware,
+    *,
+    fetch: bool = True,
+    class_map: ClassMap | None = None,
 ) -> Teacher:
     """Read a teacher that is one network.
 
     Arguments and errors are those of :func:`cakd_cli.teachers.load_teacher`.
     """
-    teacher = _of_run(spec, data) if isinstance(spec, RunTeacher) else _of_library(spec, data, fetch=fetch)
+    found = _of_library(spec, data, fetch=fetch) if isinstance(spec, ModelSpec) else spec.find(data, fetch=fetch)
+    teacher = fit(found, data, class_map)
     for parameter in teacher.model.parameters():
         parameter.requires_grad_(False)
     digest = saving.weights_hash(teacher.model.state_dict())
     return replace(teacher, model=hardware.place(teacher.model).eval(), weights_hash=digest)
 
 
-def _of_run(spec: RunTeacher, data: ImageDataSet) -> Teacher:
-    saved = saving.read(Path(spec.path).expanduser())
-    _check_classes(saved.class_names, data, spec.path)
-    shown, known = data.input.shape, saved.preprocessing.input_size
-    if shown != known:
+def fit(found: Found, data: ImageDataSet, class_map: ClassMap | None = None) -> Teacher:
+    """Let a network answer about the data: images are resized to its own size, its classes become the data's.
+
+    Args:
+        found: Its module is changed where its images or classes are not the data's.
+        data: What it will be asked about.
+        class_map: What a file says of its classes.
+
+    Raises:
+        RecipeError: If its channels are not the data's, it cannot take images, or a class of the data is none of its.
+    """
+    name, shown = f"the teacher {found.name}", data.input.shape
+    size = found.input_size or shown
+    if size[0] != shown[0]:
         raise RecipeError(
-            f"the teacher {spec.path} was trained on images of {_size(known)}, those of {data.name} are {_size(shown)}",
-            hint="train both on images of one size",
+            f"{name} takes images of {size[0]} channels, those of {data.name} have {shown[0]}",
+            hint="take a teacher of such images: cakd train-teacher",
         )
+    total = count_logits(found.model, torch.zeros(1, *size), name)
+    mapped = map_classes(found.class_names, total, data, class_map, teacher=name)
+    resized = size[1:] if size != shown else None
+    notes = []
+    if resized is not None:
+        notes.append(f"{name} sees images of {_size(size)}, resized from {_size(shown)}")
+    if mapped is not None:
+        notes.append(f"{name}: {mapped}")
+    changed = resized is not None or mapped is not None
+    groups = None if mapped is None else mapped.groups
     return Teacher(
-        model=saved.model,
-        mean=saved.preprocessing.mean,
-        std=saved.preprocessing.std,
-        name=f"{saved.spec.label} of {spec.path}",
-        architecture=saved.spec.architecture,
+        model=fitted(found.model, resized, groups) if changed else found.model,
+        mean=found.mean,
+        std=found.std,
+        name=found.name,
+        # Of what the network answers, the memory keeps what comes of it.
+        architecture=json.dumps([found.architecture, resized, groups]) if changed else found.architecture,
         weights_hash="",
         shapes={LOGITS: (data.num_classes,)},
-        facts=saved.facts,
+        facts=found.facts,
+        mapped=mapped,
+        classes={} if mapped is None else mapped.document(found.class_names, data),
+        notes=tuple(notes),
     )
 
 
-def _of_library(spec: ModelSpec, data: ImageDataSet, *, fetch: bool) -> Teacher:
-    example = data.input.example()
-    model = initial_network(spec, example, data.num_classes, fetch=fetch)
-    check_takes(model, example, data.num_classes, f"the teacher {spec.label}")
-    mean, std = data.mean, data.std
-    if isinstance(spec, ExternalSpec) and spec.pretrained:
-        mean, std = spec.normalisation()
-    return Teacher(model, mean, std, spec.label, spec.architecture, "", {LOGITS: (data.num_classes,)})
+def _of_library(spec: ModelSpec, data: ImageDataSet, *, fetch: bool) -> Found:
+    if not (isinstance(spec, ExternalSpec) and spec.pretrained):
+        model = initial_network(spec, data.input.example(), data.num_classes, fetch=fetch)
+        return Found(model, data.mean, data.std, spec.label, spec.architecture)
+    published = spec.published_form()
+    # Of data that only stands for what is not here, the classes are not known.
+    count = spec.count_classes(published.num_classes) if data.fingerprint else data.num_classes
+    # Classes that are but numbered, as those of noise, have no names to be found by.
+    named = count == published.num_classes and data.class_names != tuple(map(str, range(count)))
+    return Found(
+        model=initial_network(spec, torch.zeros(1, *published.input_size), count, fetch=fetch),
+        mean=published.mean,
+        std=published.std,
+        name=spec.published_label,
+        architecture=spec.architecture,
+        class_names=published.class_names if named else None,
+        input_size=published.input_size,
+    )
+
+
+def of_hub(network: hub.HubNetwork, place: str) -> Found:
+    """Take a network in the layout of timm or of transformers.
+
+    Args:
+        network: As it was read.
+        place: Where it comes from, as a person says it.
+    """
+    form = network.form
+    return Found(
+        model=network.model,
+        mean=form.mean,
+        std=form.std,
+        name=f"{network.name} of {place}",
+        architecture=network.architecture,
+        class_names=form.class_names,
+        input_size=form.input_size,
+    )
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _check_classes(names: tuple[str, ...], data: ImageDataSet, path: str) -> None:
-    if len(names) != data.num_classes:
-        raise RecipeError(
-            f"the teacher {path} knows {len(names)} classes, {data.name} has {data.num_classes}",
-            hint="train a teacher on this data: cakd train-teacher",
-        )
-    # Of data that only stands for what is not here the names are not known.
-    if names != data.class_names and data.fingerprint:
-        i = next(i for i, pair in enumerate(zip(names, data.class_names, strict=True)) if pair[0] != pair[1])
-        raise RecipeError(
-            f"the teacher {path} and {data.name} name their classes differently: "
-            f"class {i} is '{names[i]}' to the teacher, '{data.class_names[i]}' in the data",
-            hint="the logits must mean the same classes in the same order",
-        )
+    return " x ".join(map(str, shape[1:]))

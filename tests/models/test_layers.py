@@ -74,7 +74,7 @@ def test_stages_have_names_of_their_own(network, images):
     assert [tap.layer for tap in found.taps] == ["layer2", "layer3"]
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if name not in ("torchvision", "timm")])
+@pytest.mark.parametrize("name", [name for name in models.names() if name not in ("torchvision", "timm", "python")])
 def test_every_network_of_ours_names_its_stages(name):
     network = resolve([], {"data": "digits", "model": name}).model.build(in_channels=3, num_classes=10)
     found = locate(network, [Tap(stage, "map") for stage in stages(network)], 10, torch.zeros(1, 3, 32, 32), name="it")

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from cakd_cli import models
 from cakd_cli.errors import CakdError, InputError, RecipeError
 from cakd_cli.models import ModelOptions, saving
+from cakd_cli.models.initial import initial_network
 from cakd_cli.models.preprocessing import Preprocessing
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 REFERENCE = json.loads((FOLDER / "models.json").read_text())
 LOGITS = load_file(FOLDER / "models.safetensors")
-OWN = [name for name in models.names() if name not in ("torchvision", "timm")]
+OWN = [name for name in models.names() if name not in ("torchvision", "timm", "python")]
 
 
 def build(name: str, in_channels: int = 3, num_classes: int = 100) -> torch.nn.Module:
@@ -224,7 +225,11 @@ def test_published_weights_by_name():
     assert default.origin == "torchvision's published weights"
     assert first.architecture == default.architecture
     assert (first.label, other.label) == ("torchvision:resnet50", "torchvision:vit_b_16")
-    assert first.normalisation() == other.normalisation() == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (
+        first.published_form()[:3]
+        == other.published_form()[:3]
+        == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (3, 224, 224))
+    )
 
 
 def test_the_named_weights_are_those_that_are_fetched(tmp_path, monkeypatch):
@@ -260,6 +265,25 @@ def test_a_saved_network_says_which_weights_it_began_with(tmp_path):
     assert saving.read(tmp_path).spec == began
 
 
+def test_a_run_is_where_another_begins_whatever_its_classes(tmp_path):
+    began = spec(type="resnet8")
+    network = began.build(in_channels=1, num_classes=4).eval()
+    shown = Preprocessing((1, 8, 8), (0.5,), (0.25,))
+    saving.write(tmp_path, saving.SavedModel(network, began, tuple("abcd"), shown, {}))
+    again = spec(type="resnet8", weights=str(tmp_path))
+
+    same, other = (initial_network(again, torch.zeros(1, 1, 8, 8), classes) for classes in (4, 7))
+
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in network.state_dict().items())
+    assert torch.equal(other.conv1.weight, network.conv1.weight)
+    assert other(torch.zeros(1, 1, 8, 8)).shape == (1, 7)
+    with pytest.raises(InputError, match="the weights do not fit the network"):
+        initial_network(spec(type="resnet20", weights=str(tmp_path)), torch.zeros(1, 1, 8, 8), 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no such weights file"):
+        initial_network(spec(type="resnet8", weights=str(tmp_path / "empty")), torch.zeros(1, 1, 8, 8), 4)
+
+
 def spec(**options):
     return TypeAdapter(ModelOptions).validate_python(options)
 
@@ -293,7 +317,7 @@ def test_wrong_names_are_answered(options, channels, message):
 
 def test_a_wrong_name_of_weights_is_answered_with_those_that_exist():
     wrong = spec(type="torchvision", name="resnet50", pretrained="IMAGENET1K_V3")
-    for ask in (wrong.missing_file, wrong.normalisation, lambda: wrong.published(in_channels=3, num_classes=10)):
+    for ask in (wrong.missing_file, wrong.published_form, lambda: wrong.published(in_channels=3, num_classes=10)):
         with pytest.raises(RecipeError, match="torchvision has no weights 'IMAGENET1K_V3' of resnet50") as caught:
             ask()
         assert caught.value.hint == "choose from IMAGENET1K_V1, IMAGENET1K_V2"

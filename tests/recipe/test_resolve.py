@@ -1,10 +1,12 @@
 """From words to a recipe."""
 
 import pytest
+from pydantic import ValidationError, field_validator
 
 from cakd_cli.errors import RecipeError, UsageError
+from cakd_cli.options import Options
 from cakd_cli.recipe import strict_yaml
-from cakd_cli.recipe.resolve import resolve
+from cakd_cli.recipe.resolve import _in_words, resolve
 from cakd_cli.recipe.schema import CosineSchedule, SGDOptions
 
 BASE = {"data": "digits", "model": "resnet8"}
@@ -208,6 +210,12 @@ seed: 3
             BASE,
             "loss.0.label_smoothing: input should be less than 1",
         ),
+        (["learning_rate=1"], BASE, "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+        (["epochs=3"], BASE, "epochs: unknown key; did you mean engine.epochs?"),
+        (["temperature=4"], BASE, "temperature: unknown key; did you mean loss.1.temperature?"),
+        (["type=4"], BASE, "type: unknown key; choose from data, model"),
+        ([], BASE | {"loss": "DKD"}, "loss: no method 'DKD'; did you mean dkd"),
+        ([], BASE | {"loss": "kd,dkd"}, "loss: a run has one method, got 'kd,dkd'; several are for cakd sweep"),
         (["model.width=2"], BASE, "model.width: unknown key; choose from type, weights"),
     ],
 )
@@ -215,6 +223,91 @@ def test_one_mistake(words, flags, expected):
     (line,) = mistakes(words, flags)
 
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("my images", "folder:my images"),
+        ("my images/", "folder:my images/"),
+        ("table.CSV", "csv:table.CSV"),
+        ("~/table.csv", "csv:~/table.csv"),
+        ("a.b/toy.safetensors", "tensors:a.b/toy.safetensors"),
+    ],
+)
+def test_data_that_is_a_path_is_answered_with_its_kind(given, meant, tmp_path, monkeypatch):
+    (tmp_path / "my images").mkdir()
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    (line,) = mistakes([], BASE | {"data": given})
+
+    assert line.strip() == f"--data: data: '{given}' does not say what kind of data it is; write {meant}"
+    assert resolve([], BASE | {"data": meant}).data.path == given
+    assert resolve([], BASE).data.type == "digits"
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "expected"),
+    [
+        (["data.class_pattern=("], {"data": "folder:x"}, "data.class_pattern: is no regular expression: "),
+        (["data.label_column=path"], {"data": "csv:x"}, "and so is label_column"),
+        (["teacher={type: ensemble, members: [a, b], weights: [1.0]}"], {}, "there are 2 members and 1 weights"),
+        (["optimizer.momentum=0"], {}, "optimizer.nesterov: needs a momentum above 0"),
+        (["loss=[{type: kd, weight: {type: adaptive, base: 1}}]"], {"teacher": "t"}, "loss.0.weight: cannot be adapt"),
+        (
+            ["loss=[{type: cross-entropy}, {type: fsp, layers: [{student: a, teacher: a}]}]"],
+            {"teacher": "t"},
+            "loss.1.layers: needs two pairs",
+        ),
+    ],
+)
+def test_what_a_check_finds_is_said_without_the_name_of_its_exception(words, flags, expected):
+    (line,) = mistakes(words, BASE | flags)
+
+    assert expected in line
+    assert "rror, " not in line
+
+
+def test_a_run_is_no_network(toy_teacher):
+    (line,) = mistakes([], BASE | {"model": str(toy_teacher)})
+
+    assert f"model: '{toy_teacher}' is a run; name its network, and model.weights={toy_teacher}" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("my images", "data is given by --data 'folder:my images'"),
+        ("csv:a.csv", "data is given by --data csv:a.csv"),
+        ("nothing", "cakd recipes list"),
+        ("digits", "cakd recipes list"),
+    ],
+)
+def test_data_is_no_recipe(word, hint, tmp_path, monkeypatch):
+    (tmp_path / "my images").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(RecipeError) as caught:
+        resolve([word], {})
+
+    assert f"no recipe '{word}'" in caught.value.message
+    assert caught.value.hint == hint
+
+
+def test_a_plain_exception_of_a_check_is_said_alone():
+    class Section(Options):
+        size: int
+
+        @field_validator("size")
+        @classmethod
+        def _check(cls, size):
+            raise ValueError("Must be even")
+
+    with pytest.raises(ValidationError) as caught:
+        Section(size=3)
+
+    assert _in_words(caught.value.errors()[0]) == "must be even"
 
 
 def test_two_recipes_are_a_wrong_word():

@@ -90,11 +90,34 @@ def test_the_fastest_form_that_agrees_is_taken_and_said(images, monkeypatch):
     assert "folded answers differently by" in why
 
 
+def test_forms_are_measured_at_the_batch_that_they_will_see(monkeypatch):
+    """A form may be the fastest of 64 images and not of 128."""
+    monkeypatch.setattr(forms, "WORTH_MEASURING_SECONDS", 0.0)
+    sizes = []
+
+    def seconds(form, images, machine):
+        sizes.append(len(images))
+        return {"plain": 4.0, "folded": 8.0 if len(images) <= 64 else 1.0, "folded-nchw": 9.0}[form.name]
+
+    monkeypatch.setattr(forms, "_seconds", seconds)
+    images = torch.zeros(128, 3, 8, 8, dtype=torch.uint8)
+
+    form, why = forms.fastest_form(used_teacher("resnet8", FP32), FP32, images, asks=1, compiled="off", float32=True)
+
+    assert set(sizes) == {128}
+    assert form == "folded"
+    assert why.startswith("images/s: folded 128")
+
+
 class Untraceable(torch.nn.Module):
     """What torch.fx cannot follow: it decides by what it sees."""
 
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
     def forward(self, images):
-        return images.mean((2, 3)) * (2 if images.sum() > 0 else 1)
+        return self.factor * images.mean((2, 3)) * (2 if images.sum() > 0 else 1)
 
 
 def test_a_network_that_cannot_be_folded_stays_plain(images, monkeypatch, cakd, toy_file, toy_teacher, tmp_path):
