@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ _SECONDS = 1.0
 
 
 def flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of one image's forward pass, 2 per multiply-add (papers often count 1)."""
-    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    """Floating-point operations of one image's forward pass, 2 per multiply-add (papers often count 1).
+
+    0 where torch does not see them, as in an ONNX file.
+    """
+    image = torch.zeros(1, *image_shape, device=next(chain(model.parameters(), model.buffers())).device)
     was_training = model.training
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.eval()(image)

@@ -15,6 +15,7 @@ from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.models import num_parameters, saving
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.models.saving import SavedModel
+from cakd_cli.recipe import class_map
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher, load_teacher
 
@@ -103,14 +104,19 @@ def measure(
     if with_teacher:
         assert recipe.teacher is not None
         options = recipe.teacher
-        key = f"{spec.model_dump_json()} {split} {options.model_dump_json()}"
-        about, theirs = kept.get(key, lambda: _ask(load_teacher(options, data, machine), measured, machine, size))
+        key = f"{spec.model_dump_json()} {split} {options.model_dump_json()} {recipe.class_map}"
+        about, theirs = kept.get(key, lambda: _ask(_teacher(recipe, data, machine), measured, machine, size))
         if theirs.shape != measured.logits.shape:
             raise RecipeError(
                 f"the teacher {about['name']} answers {theirs.shape[1]} classes, the run {measured.logits.shape[1]}"
             )
         report["teacher"] = {**about, "fidelity": metrics.fidelity(measured.logits, theirs)}
     return report
+
+
+def _teacher(recipe: Recipe, data: ImageDataSet, machine: Hardware) -> Teacher:
+    assert recipe.teacher is not None
+    return load_teacher(recipe.teacher, data, machine, class_map=class_map.read(recipe.class_map))
 
 
 def _ask(teacher: Teacher, measured: Measured, machine: Hardware, batch_size: int) -> tuple[dict[str, Any], Tensor]:
@@ -172,8 +178,10 @@ def choose_split(data: ImageDataSet, name: str) -> Split:
     """Pick the test, held-out or training images; training images come without augmentation.
 
     Raises:
-        RecipeError: If nothing is held out.
+        RecipeError: If nothing is held out, or training images have no labels.
     """
+    if name == "train" and not data.labelled:
+        raise RecipeError(f"the training images of {data.name} have no labels", hint="measure with --split test")
     if name == "val":
         if data.validation is None:
             raise RecipeError(f"{data.name} has no held-out images", hint="measure with --split test")

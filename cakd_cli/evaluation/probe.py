@@ -76,6 +76,11 @@ def probe(run: Path, spec: DataSpec, machine: Hardware, *, batch_size: int) -> d
 def _check(saved: SavedModel, data: ImageDataSet) -> None:
     if data.multi_label:
         raise RecipeError(f"a probe needs one label an image, and images of {data.name} may have several")
+    if not data.labelled:
+        raise RecipeError(
+            f"a probe learns from labels, and the training images of {data.name} have none",
+            hint="probe with other data",
+        )
     channels = saved.preprocessing.input_size[0]
     if channels != data.channels:
         raise RecipeError(

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 from cakd_cli.errors import RecipeError
@@ -28,31 +29,45 @@ def require() -> None:
 
 def write(saved: SavedModel, path: Path) -> None:
     """Write ``images`` (batch, channels, height, width), normalised, to ``logits`` (batch, classes), any batch."""
+    # A batch of two: torch would take the size 1 for a constant.
+    example = torch.zeros(2, *saved.preprocessing.input_size)
+    write_graph(saved.model.eval(), example, path, output="logits", described=saved.describe())
+
+
+def write_graph(model: nn.Module, example: Tensor, path: Path, *, output: str, described: Mapping[str, Any]) -> None:
+    """Write what a module does to ``images`` of any batch.
+
+    Args:
+        model: In eval mode.
+        example: A batch of what it takes.
+        path: File to write.
+        output: Name of its answer.
+        described: Metadata of the file; what is no string is written as JSON.
+    """
     import onnx
 
-    example = torch.zeros(2, *saved.preprocessing.input_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            saved.model.eval(),
+            model,
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[output],
             dynamic_shapes=({0: Dim("batch", min=1)},),
             external_data=False,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    written = program.model_proto
     metadata = {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in saved.describe().items()
+        for key, value in described.items()
     }
-    onnx.helper.set_model_props(model, metadata)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save_model(model, str(path))
+    onnx.helper.set_model_props(written, metadata)
+    onnx.checker.check_model(written, full_check=True)
+    onnx.save_model(written, str(path))
 
 
 def reload(path: Path) -> Callable[[Tensor], Tensor]:
