@@ -1,9 +1,10 @@
 """Every command that a user can type."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cakd_cli import __version__
 from cakd_cli.export import formats
@@ -14,7 +15,20 @@ EPILOG = (
     "75 stopped and saved (run again with --resume), 130 interrupted, 141 nobody reads the output."
 )
 
+
+class _Commands(TyperGroup):
+    """Says what is wrong with a word without the name of the exception that found it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="cakd",
     help="Distil a large image classifier into a small one.",
     epilog=EPILOG,
@@ -26,9 +40,11 @@ recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the re
 app.add_typer(recipes_app, name="recipes")
 memory_app = typer.Typer(no_args_is_help=True, help="See, check and remove what teachers have answered before.")
 app.add_typer(memory_app, name="teacher-memory")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before anything is trained.")
+app.add_typer(data_app, name="data")
 
 
-ExportFormat = StrEnum("ExportFormat", {name: name for name in formats.FORMATS})  # type: ignore[misc]
+ExportFormat = StrEnum("ExportFormat", {name: name for name in (*formats.FORMATS, "list")})  # type: ignore[misc]
 
 
 class SplitName(StrEnum):
@@ -68,7 +84,11 @@ Words = Annotated[
 Data = Annotated[str | None, typer.Option(help="digits, cifar100, folder:PATH, tensors:FILE, ... (cakd list data)")]
 DataRoot = Annotated[str | None, typer.Option(help="Folder of data that is downloaded.")]
 Teacher = Annotated[
-    list[str] | None, typer.Option(help="Run directory, torchvision:NAME or timm:NAME; give it again for several.")
+    list[str] | None,
+    typer.Option(help="Run directory, torchvision:NAME, timm:NAME, hf-hub:ID, FILE.onnx, ...; again for several."),
+]
+ClassMap = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Which of the teacher's classes are the data's; by name by default.")
 ]
 Student = Annotated[str | None, typer.Option(help="resnet8, torchvision:NAME, ... (cakd list models)")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="As listed; all by default.")]
@@ -82,12 +102,22 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in
 Grace = Annotated[
     float | None, typer.Option(min=1, metavar="SECONDS", help="Leave so long after a signal, checkpoint or not.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Execute the Python file that a run's python:FILE.py:FUNCTION names.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
 FinishedRun = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a finished run, or an exported folder.")]
+
+
+def _begin(trust: bool) -> None:
+    """Forget what an earlier command of this process was allowed to execute."""
+    from cakd_cli.models import own_code
+
+    own_code.begin(trust=trust)
 
 
 def _teachers(given: list[str] | None) -> tuple[str, ...] | None:
@@ -139,6 +169,7 @@ def train_teacher(
     resume: Resume = False,
     overwrite: Overwrite = False,
     grace: Grace = None,
+    trust: Trust = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -148,6 +179,7 @@ def train_teacher(
     from cakd_cli.commands import train
     from cakd_cli.console import Console
 
+    _begin(trust)
     flags = {
         "data": data,
         "data.root": data_root,
@@ -167,6 +199,7 @@ def distill(
     data: Data = None,
     data_root: DataRoot = None,
     teacher: Teacher = None,
+    class_map: ClassMap = None,
     student: Student = None,
     loss: Annotated[str | None, typer.Option(help="cakd, dkd, kd, cross-entropy, ... (cakd list losses)")] = None,
     out: Out = None,
@@ -177,6 +210,7 @@ def distill(
     resume: Resume = False,
     overwrite: Overwrite = False,
     grace: Grace = None,
+    trust: Trust = False,
     dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -186,10 +220,12 @@ def distill(
     from cakd_cli.commands import train
     from cakd_cli.console import Console
 
+    _begin(trust)
     flags = {
         "data": data,
         "data.root": data_root,
         "teacher": _teachers(teacher),
+        "class_map": class_map,
         "model": student,
         "loss": loss,
         "engine.epochs": epochs,
@@ -208,6 +244,7 @@ def evaluate(
     data_root: DataRoot = None,
     split: Annotated[SplitName, typer.Option(help="Which images.")] = SplitName.test,
     teacher: Teacher = None,
+    class_map: ClassMap = None,
     min_top1: Annotated[
         float | None, typer.Option(min=0, max=1, help="Fail with exit code 6 below this share, in [0, 1].")
     ] = None,
@@ -216,6 +253,7 @@ def evaluate(
     ] = None,
     device: Device = None,
     batch_size: BatchSize = None,
+    trust: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -224,10 +262,12 @@ def evaluate(
     from cakd_cli.commands import evaluate as command
     from cakd_cli.console import Console
 
+    _begin(trust)
     flags = {
         "data": data,
         "data.root": data_root,
         "teacher": _teachers(teacher),
+        "class_map": class_map,
         "engine.device": device,
         "engine.evaluation_batch_size": batch_size,
     }
@@ -236,11 +276,33 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A finished run, an exported folder, or an .onnx file of cakd.")
+    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of pictures.")],
+    top: Annotated[int | None, typer.Option(min=1, help="Classes a picture; 5 by default.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what pictures show, and how sure a trained network is of it."""
+    from cakd_cli.commands import predict as command
+    from cakd_cli.console import Console
+
+    command.run(run, images, top=top, console=Console(json_mode=json, quiet=quiet))
+
+
+@app.command()
 def export(
-    run: FinishedRun,
-    format: Annotated[ExportFormat, typer.Option(help="Kind of file.")],  # noqa: A002 - the flag's name
+    format: Annotated[ExportFormat, typer.Option(help="Kind of file; list shows what each is and needs.")],  # noqa: A002 - the flag's name
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Directory of a finished run.")] = None,
     out: Annotated[str | None, typer.Option(help="File or folder to write; by default inside RUN.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    trust: Trust = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Fail with exit code 6 if 8 bits lose more accuracy than this, in [0, 1]."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -249,8 +311,12 @@ def export(
     from cakd_cli.commands import export as command
     from cakd_cli.console import Console
 
+    _begin(trust)
     console = Console(json_mode=json, quiet=quiet, verbose=verbose)
-    command.run(run, format=format.value, out=out, overwrite=overwrite, console=console)
+    if format.value == "list":
+        command.list_formats(anything_else=bool(run or out or overwrite or max_drop is not None), console=console)
+        return
+    command.run(run, format=format.value, out=out, overwrite=overwrite, max_drop=max_drop, console=console)
 
 
 @app.command()
@@ -262,6 +328,7 @@ def sweep(
     data: Data = None,
     data_root: DataRoot = None,
     teacher: Teacher = None,
+    class_map: ClassMap = None,
     student: Student = None,
     loss: Annotated[str, typer.Option(help="Methods beside the student alone: kd,dkd,cakd.")] = "cakd",
     seeds: Annotated[str, typer.Option(help="How many (6 is 0 to 5), or which: 3,7.")] = "6",
@@ -283,6 +350,7 @@ def sweep(
         "--data": data,
         "--data-root": data_root,
         "--teacher": teacher,
+        "--class-map": class_map,
         "--student": student,
         "--epochs": epochs,
         "--device": device,
@@ -304,6 +372,7 @@ def compare(
     different: Different = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a table of Markdown.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print a table of LaTeX (booktabs).")] = False,
+    trust: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -312,6 +381,7 @@ def compare(
     from cakd_cli.commands import compare as command
     from cakd_cli.console import Console
 
+    _begin(trust)
     form = "latex" if latex else "markdown" if markdown else "terminal"
     console = Console(json_mode=json, quiet=quiet, verbose=verbose)
     command.run(runs, against=against, different=different, form=form, console=console)
@@ -324,6 +394,7 @@ def report(
     against: Against = None,
     different: Different = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+    trust: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -332,6 +403,7 @@ def report(
     from cakd_cli.commands import report as command
     from cakd_cli.console import Console
 
+    _begin(trust)
     console = Console(json_mode=json, quiet=quiet, verbose=verbose)
     command.run(runs, out=out, against=against, different=different, overwrite=overwrite, console=console)
 
@@ -354,6 +426,7 @@ def bench(
     data: Data = None,
     data_root: DataRoot = None,
     teacher: Teacher = None,
+    class_map: ClassMap = None,
     student: Student = None,
     against: Annotated[
         Baseline | None, typer.Option(help="plain: the loop that people copy from paper repositories.")
@@ -372,6 +445,7 @@ def bench(
         "data": data,
         "data.root": data_root,
         "teacher": _teachers(teacher),
+        "class_map": class_map,
         "model": student,
         "engine.device": device,
         "engine.batch_size": batch_size,
@@ -467,6 +541,7 @@ def memory_fill(
     data: Data = None,
     data_root: DataRoot = None,
     teacher: Teacher = None,
+    class_map: ClassMap = None,
     student: Student = None,
     epochs: Epochs = None,
     seed: Seed = None,
@@ -483,9 +558,28 @@ def memory_fill(
         "data": data,
         "data.root": data_root,
         "teacher": _teachers(teacher),
+        "class_map": class_map,
         "model": student,
         "engine.epochs": epochs,
         "seed": seed,
         "engine.device": device,
     }
     memory.fill(words or [], flags, console=Console(json_mode=json, quiet=quiet, verbose=verbose))
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="folder:PATH, digits, tensors:FILE, ... (cakd list data)")
+    ],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that a training will have.")
+    ] = None,
+    data_root: DataRoot = None,
+    json: Json = False,
+) -> None:
+    """Say what cannot be read, what is there twice, which classes are small, and which settings suit the images."""
+    from cakd_cli.commands import data as command
+    from cakd_cli.console import Console
+
+    command.check(data, words or [], root=data_root, console=Console(json_mode=json))

@@ -124,12 +124,29 @@ def nearest(word: str, known: list[str]) -> str:
     """Turn a wrong word into the end of a sentence that names near ones, or all of a short list."""
     from difflib import get_close_matches
 
-    near = get_close_matches(word, known, n=3, cutoff=0.6)
+    by_letters = {name.casefold(): name for name in known}
+    near = get_close_matches(word.casefold(), by_letters, n=3, cutoff=0.6)
     if near:
-        return "did you mean " + " or ".join(near) + "?"
+        return "did you mean " + " or ".join(by_letters[name] for name in near) + "?"
     if len(known) <= 30:
         return "choose from " + ", ".join(known)
     return f"there are {len(known)} names"
+
+
+# How the modules are named that are made of a person's own Python files.
+OWN_CODE = "cakd_own_code_"
+
+
+def place_in_own_code(error: BaseException) -> str:
+    """Say where in a person's own Python file an error arose, as FILE:LINE; empty where none was at work."""
+    from traceback import walk_tb
+
+    places = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(OWN_CODE)
+    ]
+    return places[-1] if places else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,16 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from cakd_cli import app
-from cakd_cli.errors import CakdError, ExitCode, HardwareError, InputError, InterruptedRunError, first_line
+from cakd_cli.errors import (
+    CakdError,
+    ExitCode,
+    HardwareError,
+    InputError,
+    InterruptedRunError,
+    RecipeError,
+    first_line,
+    place_in_own_code,
+)
 
 
 def main() -> NoReturn:
@@ -133,6 +142,10 @@ def _translate(error: Exception) -> CakdError:
         )
     if isinstance(error, ValueError) and "null byte" in str(error):
         return InputError("a path holds a NUL character, which no file's name has")
+    if place := place_in_own_code(error):
+        return RecipeError(
+            f"{place}: {type(error).__name__}: {first_line(error)}", hint="CAKD_DEBUG=1 shows the whole traceback"
+        )
     return CakdError(
         f"a bug in cakd: {type(error).__name__}: {error}", hint="run again with CAKD_DEBUG=1 and report the traceback"
     )

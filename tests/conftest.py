@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ from cakd_cli.process import main
 
 # The nets here are so small that a second thread only waits, and on a busy machine waits long.
 torch.set_num_threads(1)
+
+
+def some_daily(values: Sequence[Any], *daily: Any) -> list[Any]:
+    """Parameters of which only some are tried in the daily suite, and all with ``pytest -m "slow or not slow"``."""
+    return [value if value in daily else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,7 +33,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_and_their_flags_exist(command):
     words = shlex.split(command)[1:]
-    name = " ".join(words[:2]) if words[0] in ("recipes", "teacher-memory") else words[0]
+    name = " ".join(words[:2]) if words[0] in ("recipes", "teacher-memory", "data") else words[0]
 
     assert name in FLAGS
     assert {word for word in words if word.startswith("--")} <= FLAGS[name]

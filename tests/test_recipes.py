@@ -41,7 +41,7 @@ def test_recipe_resolves_with_each_of_its_methods(name):
         networks.add(resolve([name], flags | {"loss": method}).model)
     (network,) = networks
     if isinstance(network, ExternalSpec):
-        network.normalisation()
+        network.published_form()
     assert network.build(in_channels=3, num_classes=10) is not None
 
 

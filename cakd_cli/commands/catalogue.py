@@ -7,6 +7,7 @@ from cakd_cli import data, losses, models
 from cakd_cli.console import Console
 from cakd_cli.errors import UsageError, nearest
 from cakd_cli.losses import Term
+from cakd_cli.models import sizes
 from cakd_cli.recipe import published
 from cakd_cli.report import tables
 
@@ -18,7 +19,11 @@ def run(what: str, name: str | None, *, console: Console) -> None:
         UsageError: If there is no such loss, or something else than a loss is named.
     """
     if name is None:
-        rows = {"models": _models, "losses": _losses, "data": _data}[what]()
+        if what == "models":
+            sized = _models()
+            console.result(sized, lambda stdout: tables.show_models(stdout, sized, sizes.CLASSES))
+            return
+        rows = {"losses": _losses, "data": _data}[what]()
         console.result(rows, lambda stdout: tables.show_catalogue(stdout, rows))
         return
     if what != "losses":
@@ -38,8 +43,16 @@ def _specs(specs: dict[str, type[Any]]) -> list[dict[str, str]]:
     ]
 
 
-def _models() -> list[dict[str, str]]:
-    return _specs(dict(models.names()))
+def _models() -> list[dict[str, Any]]:
+    rows = zip(_specs(dict(models.names())), models.names(), strict=True)
+    return [{**row, **_size(sizes.SIZES.get(name))} for row, name in rows]
+
+
+def _size(size: sizes.Size | None) -> dict[str, Any]:
+    if size is None:  # a library has too many networks to list them
+        return {}
+    image = [sizes.CHANNELS, size.side, size.side]
+    return {"parameters": size.parameters, "flops_per_image": size.flops, "image": image}
 
 
 def _data() -> list[dict[str, str]]:

@@ -9,6 +9,8 @@ from cakd_cli.engine.record import versions
 from cakd_cli.files import home
 from cakd_cli.machine.hardware import choose_hardware
 
+_WITHOUT_CUDA = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+
 
 def run(*, console: Console) -> None:
     """Say what a bug report needs."""
@@ -22,5 +24,7 @@ def run(*, console: Console) -> None:
         "precision": f"{machine.precision} ({machine.reasons['engine.precision']})",
         "data_folder": str(home() / "data"),
     }
+    if torch.version.cuda and not torch.accelerator.is_available():
+        console.note(f"this torch brings CUDA along, several GB, and there is no GPU; without it: {_WITHOUT_CUDA}")
     text = "\n".join(f"{key}: {value}" for key, value in facts.items())
     console.result(facts, lambda stdout: stdout.print(text, markup=False))

@@ -21,7 +21,7 @@ from cakd_cli.recipe import strict_yaml
 from cakd_cli.recipe.resolve import names_recipe, resolve
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.report import tables
-from cakd_cli.teachers import RunTeacher, single_teachers
+from cakd_cli.teachers import single_teachers
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,16 @@ def train(
         recipe = as_begun(recipe, run_directory.read_recipe(path))
     inputs = read_inputs(recipe, fetch=not wish.dry_run, ranks=ranks)
     console.detail(strict_yaml.dump(run_directory.type_first(inputs.recipe.model_dump(mode="json"))))
+    for line in inputs.teacher.notes if inputs.teacher is not None and ranks.first else ():
+        console.note(line)
     if recipe.teacher is not None and not recipe.needs_teacher:
         console.note("the teacher is not asked: no term of the loss needs it")
+    worth_knowing = planning.worth_knowing(inputs, path)
     if wish.dry_run:
-        return planning.plan(inputs) | {"out": str(path)}
+        command = "distill" if wish.distil else "train-teacher"
+        return planning.plan(inputs) | {"command": command, "out": str(path), "worth_knowing": worth_knowing}
+    for line in worth_knowing if ranks.first else ():
+        console.note(line)
     start = Start(path, resume=wish.resume, overwrite=wish.overwrite, grace=wish.grace)
     facts = run_engine(inputs, start, console if ranks.first else Silent())
     return facts | {"out": str(path)}
@@ -112,7 +118,7 @@ def _recipe(words: list[str], flags: Mapping[str, Any], wish: Wish, note: Callab
 def _check_sources(recipe: Recipe, out: Path) -> None:
     """Refuse a run that would replace what it reads."""
     teachers = single_teachers(recipe.teacher)
-    paths = (teacher.path if isinstance(teacher, RunTeacher) else teacher.weights for teacher in teachers)
+    paths = (getattr(teacher, "path", None) or getattr(teacher, "weights", None) for teacher in teachers)
     for source in (recipe.model.weights, *paths):
         if source is not None and Path(source).expanduser().resolve().is_relative_to(out.resolve()):
             raise RecipeError(f"{source} lies in {out}, where the run would be written", hint="give another --out")

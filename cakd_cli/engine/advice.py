@@ -1,6 +1,7 @@
 """What limits a run: its data, its teacher or its student, a term that hardly counts; and what would help."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cakd_cli.errors import DeviceFullError, first_line
 from cakd_cli.losses import Term, Weights
@@ -9,14 +10,70 @@ from cakd_cli.recipe.schema import Recipe
 
 # A term whose gradient is less than this share of another's is worth a warning.
 _FAINT = 0.01
+# Training images under which two runs of one recipe may well differ by more than methods do.
+_FEW_IMAGES = 500
+# Of top-1, between a teacher and the student alone, under which there is little to gain.
+_SMALL_GAP = 0.01
 
 
-def sentence(shares: Mapping[str, float], recipe: Recipe) -> str:
+class Case(NamedTuple):
+    """What is known of a distillation before it begins.
+
+    Attributes:
+        classes: Of the data.
+        training_images: Without those held out.
+        student_parameters: Elements of the student's weights.
+        teacher_parameters: Of the teacher's; 0 where they cannot be counted.
+        terms: Kinds of the terms that look at the teacher.
+        teacher_top1: Of the teacher on held-out images, in [0, 1]; none where its own run has not recorded it.
+        alone_top1: Of the same student without a teacher, likewise; none where no such run is known.
+    """
+
+    classes: int
+    training_images: int
+    student_parameters: int
+    teacher_parameters: int
+    terms: frozenset[str]
+    teacher_top1: float | None = None
+    alone_top1: float | None = None
+
+
+def before_distilling(case: Case) -> list[str]:
+    """Say what speaks against a distillation, or limits what it can gain; empty where nothing does."""
+    lines = []
+    if case.classes == 2:
+        zero = "; DKD's NCKD is zero" if "dkd" in case.terms else ""
+        one = "of two classes a teacher's logits tell how sure it is, one number an image, and nothing of other classes"
+        lines.append(one + zero)
+    if case.training_images < _FEW_IMAGES:
+        lines.append(
+            f"{case.training_images:,} training images are few: another seed may change more than a teacher does; "
+            "cakd sweep compares several"
+        )
+    if case.student_parameters >= case.teacher_parameters > 0:  # of an ONNX file they are not known
+        lines.append(
+            f"the student is no smaller than its teacher: {case.student_parameters:,} parameters, "
+            f"and {case.teacher_parameters:,}"
+        )
+    if case.teacher_top1 is not None and case.alone_top1 is not None:
+        lines += _about_gap(case.teacher_top1, case.alone_top1)
+    return lines
+
+
+def _about_gap(teacher: float, alone: float) -> list[str]:
+    if teacher - alone >= _SMALL_GAP:
+        return []
+    figures = f"top-1 of held-out images is {teacher:.1%} for the teacher and {alone:.1%} for the student alone"
+    return [f"{figures}: there is {'little' if teacher > alone else 'nothing'} to gain in accuracy"]
+
+
+def sentence(shares: Mapping[str, float], recipe: Recipe, *, fast_bf16: bool) -> str:
     """Say where an epoch's time went, and what would help.
 
     Args:
         shares: Of the time by part, as in metrics.jsonl.
         recipe: Without anything automatic.
+        fast_bf16: Whether the device computes faster in bf16.
     """
     groups = {"data": shares.get("data", 0.0), "teacher": shares.get("teacher", 0.0)}
     groups["student"] = sum(shares.get(part, 0.0) for part in ("student", "loss", "backward", "optimizer"))
@@ -26,7 +83,7 @@ def sentence(shares: Mapping[str, float], recipe: Recipe) -> str:
     advice = {
         "data": recipe.data.faster_loading(),
         "teacher": _about_teacher(recipe),
-        "student": _about_student(recipe),
+        "student": _about_student(recipe) if fast_bf16 else "",
     }
     return f"{text}; {advice[limit]}" if advice[limit] else text
 
@@ -55,7 +112,7 @@ def device_full(recipe: Recipe, ranks: int, error: BaseException) -> DeviceFullE
 
 def _about_student(recipe: Recipe) -> str:
     half = recipe.engine.precision in ("bf16", "fp16")
-    return "" if half else "engine.precision=bf16 is faster where the machine has it"
+    return "" if half else "engine.precision=bf16 is faster here"
 
 
 def norms_by_term(terms: Sequence[Term], norms: Sequence[float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cakd_cli.data import ImageDataSet, MemorySplit
+from cakd_cli.data import ImageDataSet, MemorySplit, MixedSplit
 from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_batch_norms
 from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.errors import HardwareError, InputError, RecipeError
@@ -20,6 +20,7 @@ from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.machine.sharding import shard
 from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.models.layers import stages
+from cakd_cli.recipe import class_map
 from cakd_cli.recipe.schema import Recipe, SGDOptions
 from cakd_cli.teachers import Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
@@ -90,14 +91,14 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
     missing = _to_fetch(recipe)
     _check_ranks(recipe, ranks)
     with ranks.one_first(fetch and bool(missing)):
-        data = _on_device(_as_asked(spec.load(fetch=fetch), recipe), machine)
+        data = _mixed(_on_device(_as_asked(spec.load(fetch=fetch), recipe), machine), recipe)
         _check_data(recipe, data)
         student, teacher = _read_networks(recipe, data, machine, fetch=fetch)
         if teacher is not None:
             recipe = recipe.model_copy(update={"loss": _between(recipe.loss, student, teacher)})
             teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
     ranks.check_alike(images=dict(data.fingerprints), training_images=len(data.train), precision=machine.precision)
-    reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in why.items()}}
+    reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in (why | dict(data.reasons)).items()}}
     if data.left_out:
         few = f"{', '.join(data.left_out[:3])}{', ...' if len(data.left_out) > 3 else ''}"
         reasons["data.bad_images"] = f"{len(data.left_out):,} images cannot be read and are left out: {few}"
@@ -113,6 +114,12 @@ def _as_asked(data: ImageDataSet, recipe: Recipe) -> ImageDataSet:
     return data
 
 
+def _mixed(data: ImageDataSet, recipe: Recipe) -> ImageDataSet:
+    if recipe.data.mix == "none":
+        return data
+    return replace(data, train=MixedSplit(data.train, recipe.data.mix, recipe.data.mix_alpha))
+
+
 def _read_networks(
     recipe: Recipe, data: ImageDataSet, machine: Hardware, *, fetch: bool
 ) -> tuple[nn.Module, Teacher | None]:
@@ -124,7 +131,7 @@ def _read_networks(
     torch.manual_seed(recipe.seed)
     if recipe.teacher is None or not recipe.needs_teacher:
         return student, None
-    return student, load_teacher(recipe.teacher, data, machine, fetch=fetch)
+    return student, load_teacher(recipe.teacher, data, machine, fetch=fetch, class_map=class_map.read(recipe.class_map))
 
 
 def _between(terms: Sequence[Term], student: nn.Module, teacher: Teacher) -> tuple[Term, ...]:
@@ -159,6 +166,14 @@ def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
         except UnicodeEncodeError as error:
             what = f"the class name {name!r} of {data.name} cannot be written as text"
             raise InputError(what, hint="rename its folder") from error
+    if not data.labelled:
+        needing = [f"loss.{number}: {term.type}" for number, term in enumerate(recipe.loss) if term.needs_label]
+        if needing:
+            need = "need" if len(needing) > 1 else "needs"
+            raise RecipeError(
+                f"{', '.join(needing)} {need} labels, and the training images of {data.name} have none",
+                hint="take terms that need none, as 'loss=[{type: kd}]', or cakd with grouping=top-k",
+            )
     if data.multi_label:
         for number, term in enumerate(recipe.loss):
             if not term.takes_several_labels:

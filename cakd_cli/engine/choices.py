@@ -16,6 +16,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from cakd_cli.data import Views
+from cakd_cli.data.checking import at_start
 from cakd_cli.engine.build import Inputs, passes
 from cakd_cli.engine.task import taps
 from cakd_cli.errors import RecipeError
@@ -152,6 +153,8 @@ def _warnings(inputs: Inputs) -> list[str]:
         lines.append("protocol literature: nothing is held out; the best epoch on the test set is told beside the last")
     elif inputs.data.validation is None:
         lines.append("no image is held out: the last epoch's network is kept, not the best one's")
+    if inputs.ranks.first:
+        lines += at_start(inputs.data)
     return lines
 
 
@@ -264,14 +267,15 @@ def _form(inputs: Inputs, teacher: Teacher, engine: EngineOptions) -> tuple[str,
         teacher,
         inputs.hardware,
         inputs.first_images(),
-        asks=_expected_asks(inputs, engine),
+        asks=expected_asks(inputs, engine),
         compiled=engine.compile,
         # What float32 answers lose in fp16 would change the run.
         float32=engine.teacher_memory == "off" or engine.teacher_memory_precision == "fp32",
     )
 
 
-def _expected_asks(inputs: Inputs, engine: EngineOptions) -> int:
+def expected_asks(inputs: Inputs, engine: EngineOptions) -> int:
+    """Count the images that the teacher is asked about in the run, if nothing is remembered at its beginning."""
     images, views = len(inputs.data.train), inputs.data.train.views
     if engine.teacher_memory == "off" or views is None:
         return images * engine.epochs

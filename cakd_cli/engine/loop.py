@@ -84,7 +84,7 @@ class Trainer:
                 self.tracker.epoch(line)
             self.progress.epoch(line)
             if not limit_said and line["seconds"] > _WORTH_A_LINE_SECONDS:
-                self.progress.note(advice.sentence(line["time"], self.recipe))
+                self.progress.note(advice.sentence(line["time"], self.recipe, fast_bf16=self.hardware.fast_bf16))
                 limit_said = True
             self._save_or_stop(last=self.epoch == self.recipe.engine.epochs)
         if not self.best_state:

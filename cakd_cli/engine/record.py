@@ -17,6 +17,8 @@ from cakd_cli.engine.progress import Progress
 from cakd_cli.errors import InputError
 from cakd_cli.losses.weights import ChangingWeight
 from cakd_cli.models import num_parameters
+from cakd_cli.recipe.schema import Recipe
+from cakd_cli.teachers import Teacher, single_teachers
 
 # What is recorded of each time that the run was started.
 _BEGINNING = ("command", "versions", "hardware", "started_at")
@@ -52,10 +54,19 @@ def facts_of(choices: Choices) -> dict[str, Any]:
         },
         "model": {"name": recipe.model.label, "parameters": num_parameters(inputs.student)},
         "loss": " + ".join(f"{_weight(term.weight)} {term.type}" for term in recipe.loss),
-        "teacher": teacher and {"name": teacher.name, "weights_hash": teacher.weights_hash},
+        "teacher": teacher and _about(teacher, recipe),
         "chosen": choices.reasons,
         "warnings": list(choices.warnings),
     }
+
+
+def _about(teacher: Teacher, recipe: Recipe) -> dict[str, Any]:
+    assert recipe.teacher is not None
+    origins = dict.fromkeys(member.origin for member in single_teachers(recipe.teacher))
+    trained_on = _part(dict(teacher.facts), "data").get("name")
+    origin = f"trained on {trained_on}" if trained_on else " and ".join(origins)
+    classes = {"classes": dict(teacher.classes)} if teacher.classes else {}
+    return {"name": teacher.name, "weights_hash": teacher.weights_hash, "origin": origin, **classes}
 
 
 def gone_on(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +90,8 @@ def check_same_inputs(before: dict[str, Any], inputs: Inputs, out: Path, progres
     old = _part(before, "teacher").get("weights_hash")
     if inputs.teacher is not None and old is not None and old != inputs.teacher.weights_hash:
         what.append("teacher")
+    elif inputs.teacher is not None and _part(_part(before, "teacher"), "classes") != inputs.teacher.classes:
+        what.append("teacher's classes")
     if what:
         raise InputError(
             f"{out} cannot be resumed: not the same as when it began: its {' and its '.join(what)}",

@@ -99,19 +99,19 @@ def _attempt(inputs: Inputs, start: Start, progress: Progress) -> dict[str, Any]
             progress.note(f"{start.out} is already finished")
             return begun.facts
         inputs.hardware.keep_freed_memory()
-        with _torch_errors(inputs.recipe):
+        with torch_errors(inputs.recipe):
             choices = decide_together(inputs)
         facts = record.facts_of(choices)
         if begun.checkpoint is not None:
             facts = record.gone_on(begun.facts, facts)
-        with _torch_errors(choices.recipe):
+        with torch_errors(choices.recipe):
             job = _build(choices, facts, progress)
         with contextlib.closing(job):
             ranks.by_first(lambda: _enter(directory, job.recipe, overwrite=start.overwrite))
             stop = StopRequest(start.grace, directory.checkpoints.exist)
             kind = job.recipe.engine.tracking if ranks.first else "off"
             tracking = tracked(kind, job.recipe, start.out, progress.warn)
-            with stop.listening(), _torch_errors(job.recipe), tracking as tracker:
+            with stop.listening(), torch_errors(job.recipe), tracking as tracker:
                 return _train(Trainer(job, directory, progress, stop, tracker), begun.checkpoint, facts)
     finally:
         directory.close()
@@ -176,8 +176,8 @@ def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
         progress.warn(line)
     checked = inputs.ranks.told(inputs.ranks.by_first(lambda: _check_teacher(choices, facts["data"], progress)))
     source = make_source(inputs, recipe, progress.note)
-    if source is not None and source.memory is not None and source.memory.folder is not None and inputs.ranks.first:
-        memory.write_check(source.memory.identity, _measured_on(choices, facts["data"]), checked or {})
+    if checked and source is not None and source.memory is not None and source.memory.folder and inputs.ranks.first:
+        memory.write_check(source.memory.identity, _measured_on(choices, facts["data"]), checked)
     try:
         return make_job(inputs, recipe, source)
     except BaseException:
@@ -194,6 +194,8 @@ def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progr
         return {}
     literature = choices.recipe.protocol == "literature"
     on: Part = "validation" if data.validation else "test" if literature else "train"
+    if on == "train" and not data.labelled:
+        return {}  # nothing but the test images has labels, and they are for the end
     checked = None
     if engine.teacher_memory == "disk":
         stored = engine.teacher_memory_precision
@@ -215,7 +217,7 @@ def _measured_on(choices: Choices, data_facts: dict[str, Any]) -> dict[str, Any]
 def _train(trainer: Trainer, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> dict[str, Any]:
     job, directory, progress = trainer.job, trainer.run, trainer.progress
     try:
-        with _torch_errors(job.recipe):
+        with torch_errors(job.recipe):
             trainer.ranks.by_first(lambda: directory.write_facts(facts | {"ended": "running"}))
             if checkpoint is not None:
                 state.restore(trainer, checkpoint)
@@ -314,7 +316,7 @@ def fill_memory(inputs: Inputs, progress: Progress) -> tuple[str, int]:
     if where != "disk":
         why = planned.reasons.get("engine.teacher_memory", "as the recipe says")
         raise RecipeError(f"this recipe keeps no memory on disk: engine.teacher_memory is {where} ({why})")
-    with _torch_errors(inputs.recipe):
+    with torch_errors(inputs.recipe):
         choices = decide(inputs, student=False)
         with contextlib.closing(_build(choices, record.facts_of(choices), progress)) as job:
             return _fill(job, progress)
@@ -355,7 +357,8 @@ def _why_ended(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _torch_errors(recipe: Recipe) -> Iterator[None]:
+def torch_errors(recipe: Recipe) -> Iterator[None]:
+    """Turn torch's errors that a recipe can be changed to avoid into cakd's."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -49,6 +49,8 @@ _OWN_NAMES = (
         "export",
         "evaluation.json",
         "model.onnx",
+        "model.int8.onnx",
+        "model.uint8.onnx",
         "model.pt2",
         "model.safetensors",
         "metrics.jsonl",

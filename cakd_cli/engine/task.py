@@ -4,6 +4,7 @@ Shape suffixes: B batch, C classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class Step(NamedTuple):
 
     Attributes:
         total: The weighted sum, differentiable.
-        parts: ``loss``, ``top1`` (of training images, in [0, 1]) and the unweighted parts of each term, by name,
-            without gradient.
+        parts: ``loss``, ``top1`` (of training images with labels, in [0, 1]) and the unweighted parts of each term, by
+            name, without gradient.
         terms: Each term's share of the total, in the recipe's order.
         gradient_norms: How strongly each term acts on the logits: the Frobenius norm of its gradient there, weight
             included; -1 for a term that does not look at the logits. None unless it was asked for.
@@ -86,6 +87,7 @@ class Task(nn.Module):
         super().__init__()
         self.student = student
         self.hardware = hardware
+        self.labelled = data.labelled
         self.normalisation = Normalisation(data.mean, data.std, hardware)
         self.watch = Stopwatch(hardware.device)
         looks = [look for term in terms for look in term.needs.student_layers]
@@ -165,12 +167,14 @@ class Task(nn.Module):
             teacher_strong_BC=None if answers is None else answers.get(SECOND_LOGITS),
         )
         total = lesson.student_BC.new_zeros(())
-        parts = {"loss": total, "top1": metrics.hits(lesson.student_BC.detach(), batch.labels).float().mean()}
+        parts = {"loss": total}
+        if self.labelled:
+            parts["top1"] = metrics.hits(lesson.student_BC.detach(), batch.labels).float().mean()
         weighted = []
         for number, term in enumerate(terms):
             key = str(number)
             module = self.term_modules[key] if key in self.term_modules else None  # noqa: SIM401 - it has no get
-            output: LossOutput = term(lesson, module)
+            output = _of_both(term, lesson, batch, module)
             weighted.append(term.factor * output.total)
             total = total + weighted[-1]
             self._add_parts(parts, number, output)
@@ -189,6 +193,17 @@ class Task(nn.Module):
     def parts_by_term(self, means: Mapping[str, float]) -> dict[str, float]:
         """Name mean parts as adaptive weights know them."""
         return {part_name(*key): means[name] for key, name in self._part_names.items()}
+
+
+def _of_both(term: Term, lesson: Lesson, batch: Batch, module: nn.Module | None) -> LossOutput:
+    """Ask a term about its lesson; of mixed images by the labels of both, each by its share."""
+    output: LossOutput = term(lesson, module)
+    if batch.other_labels is None or batch.own_share is None or not term.needs_label:
+        return output
+    other: LossOutput = term(replace(lesson, target_B=batch.other_labels), module)
+    share = batch.own_share[0]
+    parts = {name: torch.lerp(other.parts[name], part, share) for name, part in output.parts.items()}
+    return LossOutput(torch.lerp(other.total, output.total, share), parts)
 
 
 def _make_modules(terms: Sequence[Term], shapes: Shapes) -> nn.ModuleDict:
@@ -210,7 +225,12 @@ def _classifier(teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
     for tap in teacher.taps:
         linear = teacher.model.get_submodule(tap.layer)
         if tap.of_input and isinstance(linear, nn.Linear):
-            return _copy(linear.weight.flatten(1)), None if linear.bias is None else _copy(linear.bias)
+            weight_CD, bias_C = _copy(linear.weight.flatten(1)), None if linear.bias is None else _copy(linear.bias)
+            if teacher.mapped is None:
+                return weight_CD, bias_C
+            # Of classes that stand for several there is no weight.
+            rows = list(teacher.mapped.rows or ())
+            return (weight_CD[rows], None if bias_C is None else bias_C[rows]) if rows else (None, None)
     return None, None
 
 

@@ -13,6 +13,7 @@ from cakd_cli.evaluation.predict import predict
 from cakd_cli.machine.hardware import choose_hardware
 from cakd_cli.models import saving
 from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.recipe import class_map
 from cakd_cli.report.finished import FinishedRun
 from cakd_cli.teachers import load_teacher
 
@@ -61,7 +62,7 @@ def inspect(run: FinishedRun) -> Inspected:
     answers = predict(student, data.test, Normalisation(shown.mean, shown.std, machine), machine, batch_size=size)
     theirs = None
     if recipe.teacher is not None:
-        teacher = load_teacher(recipe.teacher, data, machine)
+        teacher = load_teacher(recipe.teacher, data, machine, class_map=class_map.read(recipe.class_map))
         normalisation = Normalisation(teacher.mean, teacher.std, machine)
         theirs, _ = predict(teacher.model, data.test, normalisation, machine, batch_size=size)
     return Inspected(data, answers[0], theirs, answers[1])

@@ -97,11 +97,10 @@ def summary(document: Mapping[str, Any]) -> list[str]:
     teacher = document["teacher"]
     if teacher:
         share = best["figures"][key]["mean"] / max(teacher["quality"][key], 1e-9)
-        sizes = [best[what] / teacher["cost"][what] for what in ("parameters", "flops_per_image")]
+        sizes = _shares(best, teacher["cost"])
         agreement = best["figures"].get("agreement")
         lines.append(
-            f"The teacher reaches {teacher['quality'][key]:.2%}; the student keeps {share:.1%} of that with "
-            f"{sizes[0]:.1%} of its parameters and {sizes[1]:.1%} of its FLOPs"
+            f"The teacher reaches {teacher['quality'][key]:.2%}; the student keeps {share:.1%} of that{sizes}"
             + (f", and gives the same answer to {agreement['mean']:.1%} of the images." if agreement else ".")
         )
     if "ece" in best["figures"]:
@@ -110,6 +109,14 @@ def summary(document: Mapping[str, Any]) -> list[str]:
             "(expected calibration error, 15 bins)."
         )
     return lines
+
+
+def _shares(best: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+    """Say the student's size as shares of its teacher's; empty where that is not known, as of an ONNX file."""
+    if not teacher["parameters"]:
+        return ""
+    sizes = [best[what] / teacher[what] for what in ("parameters", "flops_per_image")]
+    return f" with {sizes[0]:.1%} of its parameters and {sizes[1]:.1%} of its FLOPs"
 
 
 def _section(key: str, title: str, **content: Any) -> dict[str, Any]:
@@ -156,7 +163,7 @@ def _price(document: Mapping[str, Any]) -> dict[str, Any]:
     points = {
         writing.label(group): (group["flops_per_image"], group["figures"][key]["mean"]) for group in document["groups"]
     }
-    if teacher:
+    if teacher and teacher["cost"]["parameters"]:
         points["teacher"] = (teacher["cost"]["flops_per_image"], teacher["quality"][key])
     drawn = [figures.cost(points, "FLOP", "flops", headline_name(key))]
     timed = {group["model"]: group["latency_ms"] for group in document["groups"] if group["latency_ms"]}

@@ -20,6 +20,31 @@ def show_catalogue(stdout: Console, rows: Sequence[Mapping[str, str]]) -> None:
         stdout.print(line)
 
 
+def show_models(stdout: Console, rows: Sequence[Mapping[str, Any]], classes: int) -> None:
+    """Print networks with what they cost; what several in a row are is said once."""
+    width = max(len(row["name"]) for row in rows)
+    before = ""
+    for row in rows:
+        sized = "parameters" in row
+        cost = f"{count(row['parameters']):>8} {count(row['flops_per_image']):>8}FLOP" if sized else " " * 21
+        summary = "" if row["summary"] == before else row["summary"]
+        side = row["image"][-1] if sized else _SIDE
+        before, other = row["summary"], "" if side == _SIDE else f" (FLOPs at {side} px)"
+        head = f"{row['name'].ljust(width)}  {cost}  "
+        line = Text(_hanging(stdout, f"{head}{summary}{other}".rstrip(), len(head)), style="default")
+        line.stylize("bold", 0, width)
+        stdout.print(line)
+    stdout.print(
+        f"\nparameters, and FLOPs of one image of {_SIDE} px (2 per multiply-add), with {classes} classes\n"
+        "those of torchvision's and timm's networks: cakd train-teacher --model NAME --data DATA --dry-run",
+        markup=False,
+    )
+
+
+# Pixels of the images of most figures that are listed.
+_SIDE = 32
+
+
 def _hanging(stdout: Console, text: str, indent: int) -> str:
     """Break a line for a person, and leave it whole for a file or a pipe."""
     if stdout.soft_wrap:
@@ -126,38 +151,109 @@ def _peak(peaks: Mapping[str, int]) -> str:
     return decimal(peaks.get("device", peaks["resident"])) if peaks else "?"
 
 
+def show_check(stdout: Console, report: Mapping[str, Any]) -> None:
+    """Print what a data set has, what is wrong with it and which settings suit it."""
+
+    def say(key: str, text: str, *, indent: int = 11) -> None:
+        stdout.print(_hanging(stdout, f"{key:<{indent}}{text}", indent + 2 * (not key)), markup=False)
+
+    parts = ", ".join(f"{count:,} {_PARTS[part]}" for part, count in report["splits"].items())
+    training = sorted((counts["train"], name) for name, counts in report["classes"].items())
+    (least, fewest), (most, largest) = training[0], training[-1]
+    ratio = f", {most / least:.1f} to 1" if least else ""
+    say("images", parts)
+    spread = f"{least:,} of {fewest} to {most:,} of {largest}{ratio}" if most else "without labels"
+    say("classes", f"{len(training):,}; training images {spread}")
+    pictures = report["pictures"]
+    if pictures:
+        say("pictures", "; ".join(f"{name} {_range(pictures[name])}" for name in ("width", "height", "aspect")))
+        kinds = [pictures[key] for key in ("formats", "modes") if key in pictures]
+        if kinds:
+            say("files", "; ".join(", ".join(f"{kind} {count:,}" for kind, count in of.items()) for of in kinds))
+    say("looked at", f"in {report['seconds']:.1f} s, {report['images_per_second']:,.0f} images/s")
+    for line in report["notes"]:
+        say("note", line)
+    for key, findings in (("to mend", report["must_mend"]), ("warning", report["warnings"])):
+        for finding in findings:
+            say(key, finding["says"])
+            for case in finding["cases"][:_CASES]:
+                more = [f"{len(case) - _ALIKE:,} more"] if len(case) > _ALIKE else []
+                say("", " = ".join([*case[:_ALIKE], *more]))
+            if len(finding["cases"]) > _CASES:
+                say("", f"and {len(finding['cases']) - _CASES:,} more: --json")
+    for suggestion in report["suggestions"]:
+        say("suggested", f"{suggestion['setting']}: {suggestion['why']}")
+    count = len(report["warnings"])
+    warned = f", with {count} warning{'s' * (count > 1)}" if count else ""
+    say("verdict", f"ready{warned}" if report["ready"] else f"not ready: mend what is named above{warned}")
+
+
+_PARTS = {"train": "train", "validation": "held out", "test": "test"}
+# Of each finding that are printed, and names of each.
+_CASES, _ALIKE = 5, 3
+
+
+def _range(figures: Sequence[float]) -> str:
+    least, median, most = (f"{figure:.4g}" for figure in figures)
+    return least if least == most else f"{least} to {most}, median {median}"
+
+
 def show_plan(stdout: Console, plan: Mapping[str, Any]) -> None:
     """Print what a run would do."""
-    data, student, teacher = plan["data"], plan["student"], plan["teacher"]
+    data, teacher, distils = plan["data"], plan["teacher"], plan["command"] == "distill"
     lines = {
         "data": f"{data['name']}: {data['train']:,} train, {data['validation']:,} held out, {data['test']:,} test, "
         f"{data['classes']} classes, {' x '.join(map(str, data['image']))}{_reason(plan, 'data.image_size')}",
-        "student": _network(student),
-        "teacher": _network(teacher) if teacher else "none",
+        "student" if distils else "network": _network(plan["student"]),
+        "teacher": _network(teacher) if teacher else "none" * distils,
         "loss": " + ".join(_term(term) for term in plan["loss"]),
         "steps": f"{plan['epochs']} epochs x {plan['steps_per_epoch']} = {plan['steps']:,}",
-        "memory": f"about {plan['training_memory_bytes'] / 2**20:,.0f} MiB for the student's training step",
+        "time": _time(plan),
+        "memory": f"about {plan['training_memory_bytes'] / 2**20:,.0f} MiB for "
+        f"{'the student' if distils else 'the network'}'s training step",
         "device": f"{plan['device']}{_reason(plan, 'engine.device')}",
         "precision": f"{plan['precision']}{_reason(plan, 'engine.precision')}",
-        "answers": f"{plan['teacher_memory']}{_reason(plan, 'engine.teacher_memory')}",
+        "answers": f"{plan['teacher_memory']}{_reason(plan, 'engine.teacher_memory')}" if teacher else "",
         "download": "; ".join(plan["to_fetch"]),
         "out": plan["out"],
     }
-    if not teacher:
-        del lines["answers"]
     for key, value in lines.items():
         if value:
-            stdout.print(f"{key:<10}{value}", markup=False)
+            stdout.print(_hanging(stdout, f"{key:<10}{value}", 10), markup=False)
+    for line in plan["worth_knowing"]:
+        stdout.print(_hanging(stdout, f"{'note':<10}{line}", 10), markup=False)
     for line in plan["warnings"]:
-        stdout.print(f"warning: {line}", style="yellow", markup=False)
+        stdout.print(_hanging(stdout, f"warning: {line}", 10), style="yellow", markup=False)
+
+
+def _time(plan: Mapping[str, Any]) -> str:
+    seconds, epochs = plan["seconds"], plan["epochs"]
+    if seconds is None:
+        return f"not measured {'before the download' if plan['to_fetch'] else 'with several processes'}"
+    first, later = _duration(seconds["first_epoch"]), _duration(seconds["later_epochs"])
+    parts = (
+        f"{epochs} epoch{'s' * (epochs > 1)} x {first}"
+        if first == later
+        else f"the first epoch {first}, each later {later}"
+    )
+    steps = f"{seconds['steps']} step{'s' * (seconds['steps'] > 1)}"
+    return f"about {_duration(seconds['total'])} ({parts}), measured over {steps}, nothing compiled; without validation"
+
+
+def _duration(seconds: float) -> str:
+    """Write a time as people say it: 0.4 s, 24 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, size, least in (("days", 86_400, 2 * 86_400), ("h", 3_600, 2 * 3_600), ("min", 60, 120)):
+        if seconds >= least:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"
 
 
 def _network(size: Mapping[str, Any]) -> str:
+    begin = f"{size['name']}, {size['starts_from']}"
+    if not size["parameters"]:
+        return f"{begin}: unknown parameters and FLOP"
     flops = count(size["flops_per_image"])
-    return (
-        f"{size['name']}, {size['starts_from']}: {size['parameters']:,} parameters, {flops}FLOP an image "
-        "(2 per multiply-add)"
-    )
+    return f"{begin}: {size['parameters']:,} parameters, {flops}FLOP an image (2 per multiply-add)"
 
 
 def _reason(plan: Mapping[str, Any], key: str) -> str:
@@ -186,6 +282,17 @@ def count(number: float) -> str:
     return f"{number:.0f} "
 
 
+# Letters of a path that a line has room for beside the answers.
+_PATH_WIDTH = 32
+
+
+def show_prediction(stdout: Console, path: str, classes: Sequence[Mapping[str, Any]], width: int) -> None:
+    """Print what one picture shows, below and beside others whose longest path has ``width`` letters."""
+    width = min(width, _PATH_WIDTH)
+    answers = ", ".join(f"{found['name']} {found['probability']:.1%}" for found in classes)
+    stdout.print(_hanging(stdout, f"{path:<{width}}  {answers}", min(width, 8) + 2), markup=False)
+
+
 def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
     """Print a network's figures, beside its teacher's where there is one."""
     teacher = report.get("teacher")
@@ -208,9 +315,12 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
             continue
         table.add_row(label, *(style.format(value) for value in values))
     costs = [source["cost"] for source in (report, teacher) if source]
-    table.add_row("parameters", *(f"{value['parameters']:,}" for value in costs))
-    table.add_row("FLOP an image", *(count(value["flops_per_image"]) for value in costs))
+    table.add_row("parameters", *(f"{value['parameters']:,}" if value["parameters"] else "unknown" for value in costs))
+    flops = (count(value["flops_per_image"]) if value["parameters"] else "unknown" for value in costs)
+    table.add_row("FLOP an image", *flops)
     stdout.print(table)
+    if "ece" in report["quality"]:
+        stdout.print(_hanging(stdout, _ECE, 5), markup=False)
     for timing in report["cost"].get("latency", ()):
         low, high = timing["quartiles_ms"]
         stdout.print(
@@ -221,19 +331,24 @@ def show_evaluation(stdout: Console, report: Mapping[str, Any]) -> None:
     if "probe" in report:
         stdout.print(_probe(report["probe"]), markup=False)
     if teacher:
-        values = teacher["fidelity"]
-        stdout.print(
-            f"\nagreement with the teacher {values['agreement']:.2%}\n"
-            f"not learnt yet: KL {values['kl']:.4f} nats at temperature 4, made of\n"
-            f"  BCD {values['bcd']:.4f}  strong classes against weak (strong = the teacher's top, "
-            f"{values['strong_mass']:.0%} of its probability)\n"
-            f"  SCD {values['scd']:.4f}  inside the strong classes\n"
-            f"  WCD {values['wcd']:.4f}  inside the weak classes",
-            markup=False,
-        )
+        stdout.print(_fidelity(teacher["fidelity"]), markup=False)
     worst = sorted((share, name) for name, share in report["per_class"].items() if share is not None)[:5]
     stdout.print(
         "\nleast recognised classes: " + ", ".join(f"{name} {share:.1%}" for share, name in worst), markup=False
+    )
+
+
+_ECE = "ECE: expected calibration error, how far confidence is from accuracy, on average (0 is best)"
+
+
+def _fidelity(values: Mapping[str, float]) -> str:
+    return (
+        f"\nagreement with the teacher {values['agreement']:.2%}\n"
+        f"not learnt yet: KL {values['kl']:.4f} nats at temperature 4, made of\n"
+        f"  BCD {values['bcd']:.4f}  strong classes against weak (strong = the teacher's top, "
+        f"{values['strong_mass']:.0%} of its probability)\n"
+        f"  SCD {values['scd']:.4f}  inside the strong classes\n"
+        f"  WCD {values['wcd']:.4f}  inside the weak classes"
     )
 
 

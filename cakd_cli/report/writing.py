@@ -230,7 +230,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"{model}: {parameters:,} parameters, {count(flops)}FLOP an image{timed}")
     if document["teacher"]:
         cost = document["teacher"]["cost"]
-        lines.append(f"teacher: {cost['parameters']:,} parameters, {count(cost['flops_per_image'])}FLOP an image")
+        size = f"{cost['parameters']:,} parameters, {count(cost['flops_per_image'])}FLOP an image"
+        lines.append(f"teacher: {size if cost['parameters'] else 'unknown parameters and FLOP'}")
     return lines
 
 

@@ -130,6 +130,7 @@ KEYS = {
     "--data": "data",
     "--data-root": "data.root",
     "--teacher": "teacher",
+    "--class-map": "class_map",
     "--student": "model",
     "--loss": "loss",
     "--epochs": "engine.epochs",

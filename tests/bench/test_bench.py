@@ -13,6 +13,7 @@ from cakd_cli.engine.choices import decide
 from cakd_cli.losses import Lesson
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers.forms import Form
+from tests.conftest import some_daily
 
 WORDS = (
     "data={type: noise, image_size: 8, classes: 4, images: 64, validation_fraction: 0}",
@@ -148,7 +149,9 @@ def test_the_plain_loop_knows_no_features(cakd):
     assert "loss=cakd-logits" in result.err
 
 
-@pytest.mark.parametrize("loss", ["ctkd", "dkd", "[{type: kd, weight: {type: linear, start: 1, end: 0}}]"])
+@pytest.mark.parametrize(
+    "loss", some_daily(["ctkd", "dkd", "[{type: kd, weight: {type: linear, start: 1, end: 0}}]"], "ctkd")
+)
 def test_the_plain_loop_knows_every_loss_of_logits(cakd, quick, monkeypatch, loss):
     """Warm-up, scheduled weights and a learnt temperature among them."""
     monkeypatch.setattr(module, "ROUNDS", 1)

@@ -42,7 +42,7 @@ def test_measuring_leaves_the_networks_and_the_random_numbers_as_they_were(recip
     monkeypatch.setattr(compiling, "WORTH_TRYING_SECONDS", 0.0)
     monkeypatch.setattr(forms, "WORTH_MEASURING_SECONDS", 0.0)
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda network, mode: compiled.append(network) or network)
+    monkeypatch.setattr(torch, "compile", lambda network, **how: compiled.append(network) or network)
     inputs = read_inputs(recipe(loss=loss))
     networks = (inputs.student, inputs.teacher.model)
     before, random = [copy.deepcopy(network.state_dict()) for network in networks], torch.get_rng_state()

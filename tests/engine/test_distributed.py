@@ -208,7 +208,8 @@ def test_batch_norm_of_all_is_batch_norm(monkeypatch):
     assert torch.allclose(plain.eval()(images), same.eval()(images))
 
 
-@pytest.mark.parametrize("counts", [(2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 1), (1, 2, 4, 1)], ids=str)
 def test_another_number_of_processes_goes_on(trained, tmp_path, monkeypatch, counts):
     """One asks to stop and all do; the last one ends as one alone does."""
     monkeypatch.setenv("CAKD_HOME", str(trained[0] / "home1"))

@@ -23,7 +23,7 @@ from cakd_cli import files
 from cakd_cli.engine import loop, run, stopping
 from cakd_cli.process import main
 from cakd_cli.teachers import answers
-from tests.conftest import train_toy
+from tests.conftest import some_daily, train_toy
 
 COMMAND = (
     "distill",
@@ -110,7 +110,7 @@ def undisturbed(request, toy_file, toy_teacher, tmp_path_factory):
 
 
 # 6 steps an epoch, so these moments lie in the first, second and third epoch, and at their edges.
-@pytest.mark.parametrize("moment", [0, 2, 6, 8, 12, 17])
+@pytest.mark.parametrize("moment", some_daily([0, 2, 6, 8, 12, 17], 2, 6, 17))
 def test_killed_after_any_step(cakd, words, undisturbed, tmp_path, moment):
     settings, straight = undisturbed
     killed = tmp_path / "killed"
@@ -144,7 +144,7 @@ def half_known(request, toy_file, toy_teacher, tmp_path_factory):
     return settings, folder / "run"
 
 
-@pytest.mark.parametrize("moment", [2, 8, 15])
+@pytest.mark.parametrize("moment", some_daily([2, 8, 15], 8))
 def test_killed_with_answers_half_known(cakd, words, half_known, tmp_path, monkeypatch, moment):
     """Several windows an epoch, and a home of its own: the resumed run asks about other views together."""
     monkeypatch.setattr(answers, "_WINDOW_IMAGES", 40)
@@ -195,7 +195,12 @@ def straight(toy_file, toy_teacher, tmp_path_factory):
 
 
 # Shares of all flushes, then the last ones one by one: model, config, card and facts.
-@pytest.mark.parametrize("moment", [0, 1, 2, 3, 4, 0.1, 0.3, 0.5, 0.7, 0.9, -10, -8, -6, -5, -4, -3, -2, -1])
+@pytest.mark.parametrize(
+    "moment",
+    some_daily(
+        [0, 1, 2, 3, 4, 0.1, 0.3, 0.5, 0.7, 0.9, -10, -8, -6, -5, -4, -3, -2, -1], 0, 3, 0.3, 0.7, -8, -5, -3, -1
+    ),
+)
 def test_killed_in_the_middle_of_any_write(cakd, words, straight, tmp_path, moment):
     reference, flushes = straight
     dies_at = round(moment * flushes) if isinstance(moment, float) else moment % flushes
