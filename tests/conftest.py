@@ -1,5 +1,6 @@
 """What many tests share: the command line in this process, and small data of the real formats."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,17 +24,25 @@ def some_daily(values: Sequence[Any], *daily: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _shared_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CAKD_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("CAKD_HOME", str(folder))
+        yield folder
+
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def home(_shared_home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of the test's own: no test finds what another has asked a teacher."""
-    monkeypatch.setenv("CAKD_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+def home(_shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own: no test finds what another has asked a teacher.
+
+    Not in ``tmp_path``, which costs each of thousands of tests a look at the folders of all before it.
+    """
+    folder = _shared_home / f"of test {next(_numbers)}"
+    monkeypatch.setenv("CAKD_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

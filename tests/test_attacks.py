@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cakd_cli.errors import InputError
 from cakd_cli.models.weights import read_state
+from tests.conftest import some_daily
 
 ODD = (
     *("", " ", "0", "-1", "1e309", "nan", ".inf", "null", "true", "[]", "{}", "[[", "{a: 1"),
@@ -114,7 +115,7 @@ def files_below(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if "home" not in path.parts}
 
 
-@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 30))])
+@pytest.mark.parametrize("seed", some_daily(range(30), 0, 1))
 def test_malformed_input_is_an_error_and_nothing_else(cakd, box, monkeypatch, seed):
     draw = random.Random(seed)
     kept = box.parent / f"kept-{seed}"
@@ -319,6 +320,7 @@ def test_small_things(cakd, box, monkeypatch):
     assert home() == Path("~/.cache/cakd").expanduser()
 
 
+@pytest.mark.slow
 def test_few_files_may_be_open(tmp_path):
     """With workers, which need several each: an error, and no wait for ever."""
     for part in ("train", "test"):

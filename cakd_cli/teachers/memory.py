@@ -307,7 +307,8 @@ class TeacherMemory:
 
     def written(self) -> Tensor:
         """Name the views whose answers have been written, int64."""
-        return torch.from_numpy(self._maps[1].view("<u4").nonzero()[0])
+        # Of a copy: another process may write while they are looked through.
+        return torch.from_numpy(self._maps[1].copy().view("<u4").nonzero()[0])
 
     def verify(self) -> tuple[int, int]:
         """Read every row that has been written.

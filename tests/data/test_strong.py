@@ -10,6 +10,7 @@ from cakd_cli import losses
 from cakd_cli.data import Share
 from cakd_cli.data.images.strong import each
 from cakd_cli.recipe.resolve import resolve
+from tests.conftest import some_daily
 from tests.engine.test_resume import assert_same_run, killed_after, lines
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def test_cutout_blackens_a_square():
     assert images.min() == 255
 
 
-@pytest.mark.parametrize("method", ["mlkd", "crld", "sld"])
+@pytest.mark.parametrize("method", some_daily(["mlkd", "crld", "sld"], "mlkd"))
 def test_methods_of_two_views_train_and_go_on_where_they_were_killed(cakd, toy_file, toy_teacher, tmp_path, method):
     words = ("distill", "--data", f"tensors:{toy_file}", "--student", "resnet8", "--teacher", toy_teacher)
     words = (*words, "--loss", method, "--epochs", 2, "--batch-size", 48, "--device", "cpu", "engine.precision=fp32")

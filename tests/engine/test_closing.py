@@ -23,6 +23,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_twenty_runs_in_one_process_leave_nothing_open(cakd, toy_file, toy_teacher, tmp_path, monkeypatch):
     made = []

@@ -142,6 +142,7 @@ def test_one_process_speaks(trained):
     assert facts["hardware"]["hosts"] == [socket.gethostname()]
 
 
+@pytest.mark.slow
 def test_the_processes_fail_with_one_voice(toy_file, toy_teacher, tmp_path):
     """What both see is said once, what rank 0 alone sees as well; a batch that cannot be shared is refused."""
     common = ("distill", *COMMON, "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--loss", "kd")

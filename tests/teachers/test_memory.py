@@ -313,13 +313,15 @@ def test_two_processes_that_fill_at_once_and_are_killed_leave_only_whole_answers
         process.start()
     folder = teacher_memory.folder_of(WIDE)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        if folder.exists() and len(teacher_memory.read(folder).written()) > 3000:
-            break
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    try:
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            if folder.exists() and len(teacher_memory.read(folder).written()) > 3000:
+                break
+    finally:
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
 
     memory = TeacherMemory.open(WIDE, FACTS)
     views = memory.written()
