@@ -125,6 +125,7 @@ def test_error_classes_have_the_documented_codes():
         assert line.split(kind.__name__)[1].split()[0] == str(kind.exit_code.value)
 
 
+@pytest.mark.slow
 def test_json_alone_reaches_stdout(toy_teacher):
     """cakd eval R --json 2>/dev/null | python -m json.tool."""
     command = f"{sys.executable} -m cakd_cli eval {toy_teacher} --json 2>/dev/null | {sys.executable} -m json.tool"

@@ -11,7 +11,7 @@ from cakd_cli.engine.task import _of_both
 from cakd_cli.losses import Lesson
 from cakd_cli.losses.supervised import CrossEntropyTerm
 from cakd_cli.recipe.resolve import resolve
-from tests.conftest import train_toy
+from tests.conftest import some_daily, train_toy
 from tests.engine.test_resume import assert_same_run, killed_after, lines
 
 
@@ -71,7 +71,7 @@ def test_cross_entropy_is_that_of_both_labels():
     torch.testing.assert_close(found.parts["cross_entropy"], found.total)
 
 
-@pytest.mark.parametrize("mix", ["mixup", "cutmix", "both"])
+@pytest.mark.parametrize("mix", some_daily(["mixup", "cutmix", "both"], "both"))
 def test_a_killed_run_goes_on_as_it_would_have(cakd, toy_file, toy_teacher, tmp_path, mix):
     words = ("distill", "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--student", "resnet8")
     words = (*words, "--loss", "dkd", "--epochs", 2, "--batch-size", 48, f"data.mix={mix}", "loss.1.warmup_epochs=0")

@@ -400,6 +400,7 @@ def test_every_ending_is_noted(cakd, words, tmp_path, monkeypatch):
         assert json.loads((out / "run.json").read_text())["ended"] == ended
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_saves_with_workers_too(tmp_path):
     """Ctrl-C, slurm and systemd signal the workers as well."""
     for part in ("train", "test"):
@@ -522,7 +523,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_before_training_leaves_with_a_line(words, tmp_path, name):
     process = subprocess.run(
         [sys.executable, "-c", BEFORE_TRAINING.format(name=name), *map(str, words), "--out", str(tmp_path / "run")],

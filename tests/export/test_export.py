@@ -174,6 +174,7 @@ def test_the_cards_script_gives_the_accuracy_of_a_folder(cakd, tmp_path):
     assert (shown["resize"], shown["centre_crop"], shown["interpolation"]) == (27, [24, 24], "bilinear")
 
 
+@pytest.mark.slow
 def test_the_cards_script_gives_the_accuracy_of_tensors(cakd, toy_teacher, toy_file, tmp_path):
     shutil.copytree(toy_teacher, tmp_path / "run")
     assert cakd("export", tmp_path / "run", "--format", "onnx").code == 0

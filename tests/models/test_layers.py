@@ -19,7 +19,7 @@ from cakd_cli.models.layers import LOGITS, Tap, Tapped, locate, preactivation, s
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers import forms
 from cakd_cli.teachers.forms import Form
-from tests.conftest import train_toy
+from tests.conftest import some_daily, train_toy
 from tests.engine.test_resume import assert_same_run, killed_after
 from tests.teachers.test_forms import used_teacher
 
@@ -395,7 +395,7 @@ def asked(path):
     return [json.loads(line)["teacher"]["asked"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("moment", [4, 13])
+@pytest.mark.parametrize("moment", some_daily([4, 13], 4))
 def test_killed_and_resumed_with_a_connector(cakd, words, tmp_path, moment):
     assert cakd(*words, "--out", tmp_path / "straight").code == 0
     with killed_after(moment):

@@ -118,6 +118,7 @@ def test_the_page_can_be_read_without_seeing_it(parsed):
         assert used in identities
 
 
+@pytest.mark.slow
 def test_names_are_text_not_html_nor_mathematics(toy_file, tmp_path):
     """A class may be called anything."""
     from safetensors import safe_open
