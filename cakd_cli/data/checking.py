@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cakd_cli.data.base import DataSpec, ImageDataSet, Split, hold_out
-from cakd_cli.data.images.files import FileDataSpec, FileSplit, Listing
+from cakd_cli.data.images.files import FileDataSpec, FileSplit, Listing, suitable_size
 from cakd_cli.data.images.memory import MemorySplit
 from cakd_cli.data.images.pictures import Files, decode
 
@@ -34,8 +34,8 @@ _FEW_IMAGES, _UNEVEN = 10, 10
 _FEW_STEPS = 10
 # Most of every class that is worth holding out to have an image of the smallest.
 _MOST_HELD_OUT = 0.3
-# As data.image_size=auto chooses, which looks at some of the headers only.
-_USUAL_SIZE, _SIZE_STEP, _LEAST_SIZE = 224, 8, 8
+# Where no header can be read, and so nothing decoded.
+_ANY_SIZE = 224
 # Side of the small copies, how many are compared, and how many make a comparison.
 _SMALL, _COMPARED, _LEAST_COMPARED = 16, 2_000, 40
 _THREADS = 8
@@ -164,13 +164,13 @@ def at_start(data: ImageDataSet) -> list[str]:
     if not isinstance(data.train, FileSplit):
         return []
     images = [
-        _Image(part, int(split._files.labels_N[index]), split._files.path(index), content=b"")
+        _Image(part, int(split.files.labels_N[index]), split.files.path(index), content=b"")
         for part, split in (("train", data.train), ("validation", data.validation), ("test", data.test))
         if isinstance(split, FileSplit)
-        for index in split._index_N.tolist()
+        for index in split.index_N.tolist()
     ]
     findings = _uneven(data.class_names, {"train": _counted(_of(images, "train"), data.num_classes)})
-    if len(images) <= _MOST_AT_START and data.train._files.on_disk:
+    if len(images) <= _MOST_AT_START and data.train.files.on_disk:
         # Copies inside a class teach little that is wrong.
         findings = [found for found in _doubled(_same_files(images)) if found.kind != "copies"] + findings
     return [f"{found.says}{_example(found.cases)}" for found in findings]
@@ -193,20 +193,16 @@ def _counted(images: Sequence[_Image], classes: int) -> Tensor:
 
 
 def _look_at_files(spec: FileDataSpec, note: Callable[[str], None]) -> _Found:
-    listing = spec._list()
+    listing = spec.listing()
     headers = {
         part: list(_each(_header, [(files, index) for index in range(len(files))]))
         for part, files in listing.parts.items()
     }
     training, *_ = headers.values()
-    size = None
     sides = [min(header[:2]) for header in training if header]
-    if sides:
-        median = round(statistics.median(sides))
-        size = max(_LEAST_SIZE, min(_USUAL_SIZE, median // _SIZE_STEP * _SIZE_STEP))
-        why = f"the shorter side of the median training image has {median} pixels"
+    size = suitable_size(sides) if sides else None
     if spec.image_size == "auto":
-        spec = spec.model_copy(update={"image_size": size or _USUAL_SIZE})
+        spec = spec.model_copy(update={"image_size": size[0] if size else _ANY_SIZE})
     note(f"decoding {sum(map(len, headers.values())):,} files of {spec.label}")
     images, unreadable = _decoded(listing, spec)
     if len(listing.parts) < 3 and bool((listing.parts["train"].labels_N >= 0).any()):
@@ -219,7 +215,7 @@ def _look_at_files(spec: FileDataSpec, note: Callable[[str], None]) -> _Found:
         counts={part: _counted(_of(images, part), classes) for part in _parts_of(images)},
         pictures=_describe([header for part in headers.values() for header in part if header]),
         unreadable=unreadable,
-        size=(size, why) if size else None,
+        size=size,
         notes=tuple(listing.reasons.values()),
     )
 

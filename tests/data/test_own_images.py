@@ -65,7 +65,7 @@ def classes(tmp_path: Path) -> Path:
 
 def names_of(split) -> list[str]:
     """Name the files of a split by their last two words."""
-    return ["/".join(Path(split._files.path(i)).parts[-2:]) for i in split._index_N.tolist()]
+    return ["/".join(Path(split.files.path(i)).parts[-2:]) for i in split.index_N.tolist()]
 
 
 def first_colours(data: ImageDataSet) -> dict[str, list[int]]:
@@ -172,7 +172,7 @@ def test_a_table_is_torchvisions_folder(classes):
     data = load("csv", classes / "t.TSV", validation_fraction=0.0, **columns)
 
     assert list(data.class_names) == expected.classes
-    assert list(zip(data.train._files, data.train.labels_by_number().tolist(), strict=True)) == expected.samples
+    assert list(zip(data.train.files, data.train.labels_by_number().tolist(), strict=True)) == expected.samples
     (batch,) = data.train.ordered_batches(batch_size=64, device=CPU)
     assert torch.equal(batch.labels, torch.tensor(expected.targets))
 
@@ -423,7 +423,7 @@ def test_tars_are_what_webdataset_reads(tars):
     assert torch.cat([batch.labels for batch in batches]).tolist() == [label for _, _, label in expected]
     assert len(images[0]) == 24
     shown = torch.cat([batch.images for batch in batches])
-    for (key, picture, _), path, image in zip(expected, data.train._files, shown, strict=True):
+    for (key, picture, _), path, image in zip(expected, data.train.files, shown, strict=True):
         assert path.endswith(f":{key}.jpg")
         # 24 x 20 pixels: the middle 20 x 20 as they are.
         assert torch.equal(image, torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, :, 2:22])
@@ -636,6 +636,7 @@ def test_a_student_learns_from_datasets(teacher_of_colours, cakd, tmp_path):
     ],
 )
 def test_wrong_folders_of_datasets_are_explained(tmp_path, change, options, message):
+    pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
     change(tmp_path / "set")
 

@@ -330,18 +330,18 @@ def test_an_error_of_the_system_is_not_a_bad_picture(folder, home, monkeypatch):
 
 
 def test_links_are_followed_once_and_pipes_not_at_all(folder, tmp_path):
-    before = list(folder_data(folder).train._files)
+    before = list(folder_data(folder).train.files)
     (folder / "train" / "cat" / "up").symlink_to(folder / "train")
     (folder / "train" / "cat" / "self").symlink_to(folder / "train" / "cat")
     (folder / "train" / "cat" / "everything").symlink_to("/")
     os.mkfifo(folder / "train" / "cat" / "pipe.png")
-    assert list(folder_data(folder).train._files) == before
+    assert list(folder_data(folder).train.files) == before
 
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "elsewhere" / "a.png")
     for name in ("one", "two"):
         (folder / "train" / "cat" / name).symlink_to(tmp_path / "elsewhere")
-    assert len(folder_data(folder).train._files) == len(before) + 1
+    assert len(folder_data(folder).train.files) == len(before) + 1
 
 
 def test_a_picture_that_would_take_gigabytes_is_named(folder):
@@ -453,7 +453,7 @@ def test_names_of_files_may_be_bytes_that_are_no_text(folder):
     odd = os.fsdecode(b"caf\xe9\n.png")
     (folder / "train" / "cat" / "0.png").rename(folder / "train" / "cat" / odd)
 
-    assert str(folder / "train" / "cat" / odd) in list(folder_data(folder, validation_fraction=0.0).train._files)
+    assert str(folder / "train" / "cat" / odd) in list(folder_data(folder, validation_fraction=0.0).train.files)
 
 
 def noisy(folder):

@@ -61,7 +61,7 @@ class CsvSpec(DividedSpec):
     def label(self) -> str:
         return Path(self.path).stem
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         table = Path(self.path).expanduser()
         if not table.is_file():
             raise InputError(

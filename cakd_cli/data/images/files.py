@@ -175,20 +175,25 @@ class Listing(NamedTuple):
 
 
 class FileSplit(Split):
-    """Files and their labels; nothing is decoded before it is asked for."""
+    """Files and their labels; nothing is decoded before it is asked for.
+
+    Attributes:
+        files: Of the whole part.
+        index_N: Which of them, int64.
+    """
 
     def __init__(
         self, files: Files, spec: "FileDataSpec", index_N: Tensor, decoded: DecodedImages | None = None
     ) -> None:
-        self._files = files
+        self.files = files
         self._spec = spec
-        self._index_N = index_N
+        self.index_N = index_N
         self._decoded = decoded
         self._has_second = False
 
     def __len__(self) -> int:
         """Count the samples."""
-        return len(self._index_N)
+        return len(self.index_N)
 
     @functools.cached_property
     def views(self) -> Views | None:
@@ -207,11 +212,11 @@ class FileSplit(Split):
             settings += f", {spec.augment}, cutout {spec.cutout}, erasing {spec.erasing:g}"
         # The draws are torch's, the crops torchvision's and the pixels Pillow's.
         made_by = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "pillow"))
-        return Views(len(self._files), spec.views, f"{spec.views} crops: {settings}; {made_by}; {_stamps(self._files)}")
+        return Views(len(self.files), spec.views, f"{spec.views} crops: {settings}; {made_by}; {_stamps(self.files)}")
 
     def subset(self, indices_N: Tensor) -> "FileSplit":
         """Return the split of the samples at these positions."""
-        split = FileSplit(self._files, self._spec, self._index_N[indices_N], self._decoded)
+        split = FileSplit(self.files, self._spec, self.index_N[indices_N], self._decoded)
         split._has_second = self._has_second
         return split
 
@@ -226,7 +231,7 @@ class FileSplit(Split):
     ) -> Iterator[Batch]:
         """Yield a share of the batches of an epoch, shuffled and augmented, from batch number ``start`` on."""
         generator = torch.Generator().manual_seed(epoch_key(seed, epoch))
-        order = self._index_N[torch.randperm(len(self), generator=generator)]
+        order = self.index_N[torch.randperm(len(self), generator=generator)]
         size = batch_size // share.ranks
         chunks = share.of(order, batch_size)[start * size :].split(size)
         if self._decoded is not None:
@@ -244,13 +249,13 @@ class FileSplit(Split):
 
     def ordered_batches(self, *, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield every sample once, in order, without augmentation."""
-        chunks = self._index_N.split(batch_size)
+        chunks = self.index_N.split(batch_size)
         yield from self._load(0, [[(_NO_DRAW, index, 0) for index in chunk.tolist()] for chunk in chunks], device)
 
     def labels_by_number(self) -> Tensor:
         """Class of each file, -1 for those that are not in the split."""
-        labels_N = torch.full((len(self._files),), -1)
-        labels_N[self._index_N] = self._files.labels_N[self._index_N]
+        labels_N = torch.full((len(self.files),), -1)
+        labels_N[self.index_N] = self.files.labels_N[self.index_N]
         return labels_N
 
     def _load(
@@ -259,7 +264,7 @@ class FileSplit(Split):
         workers = min(self._spec.num_workers, len(batches))
         _check_open_files(workers)
         loader: DataLoader[Any] = DataLoader(
-            _Images(self._files, seed, self._spec, self._decoded, second_seed),
+            _Images(self.files, seed, self._spec, self._decoded, second_seed),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_collate,
@@ -282,7 +287,7 @@ class FileSplit(Split):
         turn = [transforms.RandomRotation(spec.rotation)] if spec.rotation else []
         crop = transforms.RandomResizedCrop(spec.size, scale=(spec.min_crop_area, 1.0))
         flip = [transforms.RandomHorizontalFlip()] if spec.horizontal_flip else []
-        return _Pictures(self._files, self._index_N, transforms.Compose([*turn, crop, *flip, *end]))
+        return _Pictures(self.files, self.index_N, transforms.Compose([*turn, crop, *flip, *end]))
 
 
 class _Pictures(Dataset[tuple[Any, int]]):
@@ -379,12 +384,10 @@ class FileDataSpec(AugmentedSpec):
 
     def _size_of_files(self) -> tuple[int, str]:
         """Look at the headers of some training images; the median image is not enlarged."""
-        files = self._list().parts["train"]
+        files = self.listing().parts["train"]
         step = max(1, len(files) // _LOOKED_AT)
         looked_at = range(0, len(files), step)
-        median = round(statistics.median(min(header_size(files, index)) for index in looked_at))
-        size = max(_LEAST_SIZE, min(_USUAL_SIZE, median // _SIZE_STEP * _SIZE_STEP))
-        return size, f"the shorter side of the median training image has {median} pixels"
+        return suitable_size([min(header_size(files, index)) for index in looked_at])
 
     def shown_as(self, image_size: tuple[int, int], crop_pct: float) -> Self:
         return self.model_copy(update={"image_size": image_size[0], "test_crop": crop_pct})
@@ -404,7 +407,7 @@ class FileDataSpec(AugmentedSpec):
         """List the files; images are decoded when they are asked for."""
         if self.image_size == "auto":
             return self.without_auto()[0].load(fetch=fetch)
-        listing = self._list()
+        listing = self.listing()
         bad = {part: self._bad_files(files, remember=fetch) for part, files in listing.parts.items()}
         parts = {part: files.without(bad[part]) if bad[part] else files for part, files in listing.parts.items()}
         decoded = None
@@ -461,7 +464,7 @@ class FileDataSpec(AugmentedSpec):
             )
         return bad
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         """Find the files and the classes.
 
         Raises:
@@ -474,6 +477,13 @@ class FileDataSpec(AugmentedSpec):
         if not root.is_dir():
             raise InputError(f"no such folder of images: {root}", hint=f"name the folder that has {self.layout}")
         return root
+
+
+def suitable_size(shorter_sides: Sequence[int]) -> tuple[int, str]:
+    """Choose the height and width that networks see, and say why, from the shorter sides of images, in pixels."""
+    median = round(statistics.median(shorter_sides))
+    size = max(_LEAST_SIZE, min(_USUAL_SIZE, median // _SIZE_STEP * _SIZE_STEP))
+    return size, f"the shorter side of the median training image has {median} pixels"
 
 
 def _stamps(files: Files) -> str:

@@ -48,7 +48,7 @@ class FolderSpec(DividedSpec):
     def label(self) -> str:
         return Path(self.path).expanduser().resolve().name
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         root = self._root()
         held = [part for part in _HELD if (root / part).is_dir()]
         trains = (root / "train").is_dir()

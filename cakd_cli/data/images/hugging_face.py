@@ -84,7 +84,7 @@ class HuggingFaceSpec(DividedSpec):
     def label(self) -> str:
         return Path(self.path).expanduser().resolve().name
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         root = self._root()
         tables = _read(root)
         first = next(iter(tables.values()))

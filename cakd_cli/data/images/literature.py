@@ -25,7 +25,7 @@ class ImageNetSpec(FileDataSpec):
     image_size: ImageSize = Field(224, description="height and width that networks see, in pixels")
     min_crop_area: float = Field(0.08, gt=0, le=1, description="least share of an image in a training crop")
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         root = self._root()
         kaggle = root / "ILSVRC" / "Data" / "CLS-LOC"
         images = kaggle if kaggle.is_dir() else root
@@ -60,7 +60,7 @@ class TinyImageNetSpec(FileDataSpec):
         20.0, ge=0, le=180, description="most degrees by which training images are turned, either way; 0 = none"
     )
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         root = self._root()
         _check_has(root, ("wnids.txt", "train", "val"), hint=f"name the folder that has {self.layout}")
         wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
@@ -85,7 +85,7 @@ class CubSpec(FileDataSpec):
     path: str = Field(description="folder with CUB_200_2011/, or that folder itself")
     image_size: ImageSize = Field(224, description="height and width that networks see, in pixels")
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         outer = self._root()
         root = outer / "CUB_200_2011" if (outer / "CUB_200_2011").is_dir() else outer
         _check_has(root, ("images", *_CUB_TABLES), hint=f"name the folder that has {self.layout}")

@@ -25,7 +25,7 @@ class UnlabelledSpec(FileDataSpec):
     def label(self) -> str:
         return Path(self.path).expanduser().resolve().name
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         root = self._root()
         lacking = [part for part in ("train", "test") if not (root / part).is_dir()]
         if lacking:

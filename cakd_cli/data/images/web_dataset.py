@@ -101,7 +101,7 @@ class WebDatasetSpec(DividedSpec):
     def label(self) -> str:
         return re.split(r"[^\w-]", Path(self.path).name)[0].strip("-_") or self.type
 
-    def _list(self) -> Listing:
+    def listing(self) -> Listing:
         patterns = {"train": self.path, "val": self.val_path, "test": self.test_path}
         tars = {part: _expand(pattern) for part, pattern in patterns.items() if pattern is not None}
         _check_apart(tars)
