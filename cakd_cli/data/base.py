@@ -186,6 +186,7 @@ class ImageDataSet:
         validation: Held-out samples, or none.
         test: Samples that only the end of a run looks at.
         class_names: One name a class, in label order.
+        wordnet_ids: WordNet's id of each class, where the data is made of its synsets; empty of other data.
         channels: Channels of an image.
         image_size: Height and width of an image as a network sees it, in pixels.
         mean: Mean of each channel over training images, pixels in [0, 1].
@@ -216,6 +217,7 @@ class ImageDataSet:
     resized: bool = False
     left_out: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    wordnet_ids: tuple[str, ...] = ()
 
     @property
     def input(self) -> InputSpec:

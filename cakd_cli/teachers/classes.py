@@ -103,8 +103,32 @@ def map_classes(
 
 def _in_order(names: tuple[str, ...] | None, total: int, data: ImageDataSet) -> bool:
     """Whether the teacher's classes are the data's, as far as the names of both are known."""
-    known = names is not None and data.fingerprint  # of data that stands for what is not here they are not
-    return total == data.num_classes and (not known or names == data.class_names)
+    if total != data.num_classes:
+        return False
+    if names is None or not data.fingerprint:  # of data that stands for what is not here they are not known
+        return True
+    return names == data.class_names or _both_imagenet(names, data)
+
+
+def _both_imagenet(names: tuple[str, ...], data: ImageDataSet) -> bool:
+    """Whether both are ImageNet's thousand classes in the order of their WordNet ids, whatever each calls them."""
+    ids = _wordnet_ids(data)
+    return len(ids) == _IMAGENET_CLASSES and ids == tuple(sorted(ids)) and (names == ids or _is_imagenet(names))
+
+
+def _wordnet_ids(data: ImageDataSet) -> tuple[str, ...]:
+    """WordNet's ids of the data's classes, which a folder may be named by as well; empty of other data."""
+    ids = data.wordnet_ids or data.class_names
+    return ids if all(map(_WORDNET_ID.fullmatch, ids)) else ()
+
+
+def _is_imagenet(names: Sequence[str]) -> bool:
+    """Whether these are ImageNet's thousand classes, by their first names; a few may be called otherwise."""
+    from torchvision.models import get_model_weights
+
+    known = next(iter(get_model_weights("resnet18"))).meta["categories"]
+    alike = sum(name.split(", ")[0] == other for name, other in zip(names, known, strict=False))
+    return len(names) == _IMAGENET_CLASSES and alike >= 0.9 * _IMAGENET_CLASSES
 
 
 class _Lookup:
@@ -162,22 +186,20 @@ def _of_wordnet(names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     except ImportError:
         return
     ids = all(map(_WORDNET_ID.fullmatch, names))
-    if not names or not (ids or len(names) == _IMAGENET_CLASSES):
+    if not names or not (ids or _is_imagenet(names)):
         return
     info: Any = ImageNetInfo("imagenet-22k" if ids else "imagenet-1k")
     if ids:
         words = info.label_descriptions(as_dict=True)
         yield from ((number, words[name].split(", ")) for number, name in enumerate(names) if name in words)
         return
-    described = [text.split(", ") for text in info.label_descriptions()]
-    # Two of torchvision's names of them are its own.
-    if sum(name.split(", ")[0] in words for name, words in zip(names, described, strict=True)) < 0.9 * len(names):
-        return
-    yield from ((number, [info.index_to_label_name(number), *words]) for number, words in enumerate(described))
+    described = enumerate(info.label_descriptions())
+    yield from ((number, [info.index_to_label_name(number), *text.split(", ")]) for number, text in described)
 
 
 def _by_name(lookup: _Lookup, wanted: Sequence[str], data: ImageDataSet, teacher: str) -> dict[str, tuple[int, ...]]:
-    found = {name: lookup.find(name) for name in wanted}
+    ids = dict(zip(data.class_names, _wordnet_ids(data), strict=False))
+    found = {name: (name in ids and lookup.find(ids[name])) or lookup.find(name) for name in wanted}
     missing = [name for name, numbers in found.items() if not numbers]
     if missing:
         near = {name: lookup.near(name) for name in missing[:_MOST_SHOWN]} if lookup.names is not None else {}
@@ -185,7 +207,8 @@ def _by_name(lookup: _Lookup, wanted: Sequence[str], data: ImageDataSet, teacher
         raise RecipeError(
             f"{teacher} has no class for {len(missing)} of the {data.num_classes} classes of {data.name}: "
             + ", ".join(missing),
-            hint=(f"{alike}; " if alike else "")
+            hint=("pip install 'cakd[timm]', which knows WordNet's ids; or " if missing[0] in ids else "")
+            + (f"{alike}; " if alike else "")
             + f"say which is which with --class-map FILE, a line a class, as {missing[0]}: {_example(near)}",
         )
     doubtful = {name: numbers for name, numbers in found.items() if len(numbers) > 1}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -214,12 +215,12 @@ class Data:
 
     name, fingerprint = "pets", "1"
 
-    def __init__(self, *names):
-        self.class_names, self.num_classes = names, len(names)
+    def __init__(self, *names, ids=()):
+        self.class_names, self.num_classes, self.wordnet_ids = names, len(names), ids
 
 
-def mapped(names, *data, class_map=None, total=None):
-    found = map_classes(names, total or len(names), Data(*data), class_map, teacher="the teacher")
+def mapped(names, *data, class_map=None, total=None, ids=()):
+    found = map_classes(names, total or len(names), Data(*data, ids=ids), class_map, teacher="the teacher")
     return found and found.groups
 
 
@@ -249,6 +250,39 @@ def test_imagenets_classes_are_known_by_their_wordnet_ids():
         names = recipe.teacher.published_form().class_names
         ids = "n01440764", "n02012849", "n03126707"
         assert mapped(names, ids[0], "tiger_shark", *ids[1:]) == ((0,), (3,), (134,), (517,))
+
+
+def of_torchvision():
+    recipe = resolve([], {"data": "digits", "model": "torchvision:resnet18", "teacher": "torchvision:resnet18"})
+    return recipe.teacher.published_form().class_names
+
+
+@pytest.mark.parametrize("has_timm", [True, False])
+def test_imagenet_and_its_networks_have_one_order_whatever_they_call_their_classes(monkeypatch, has_timm):
+    """imagenet:PATH, and a folder with its thousand folders, by WordNet's words or ids; without timm as well."""
+    info = pytest.importorskip("timm.data.imagenet_info").ImageNetInfo("imagenet-1k")
+    ids = tuple(info.index_to_label_name(number) for number in range(1000))
+    words = tuple(text.split(",")[0] for text in info.label_descriptions())
+    named = tuple(word if words.count(word) == 1 else f"{word} ({own})" for word, own in zip(words, ids, strict=True))
+    by_words = tuple(info.label_descriptions())
+    if not has_timm:
+        monkeypatch.setitem(sys.modules, "timm.data.imagenet_info", None)
+
+    for teacher in (of_torchvision(), ids, by_words):
+        assert mapped(teacher, *named, ids=ids) is None
+        assert mapped(teacher, *ids, ids=ids) is None
+        assert mapped(teacher, *ids) is None
+    shuffled = (*ids[1:], ids[0])
+    if has_timm:
+        assert mapped(of_torchvision(), *shuffled) == (*((number,) for number in range(1, 1000)), (0,))
+        assert mapped(of_torchvision(), "either crane", ids=(ids[134],)) == ((134,),)
+    else:
+        with pytest.raises(RecipeError, match="no class for 1000 of the 1000") as caught:
+            mapped(of_torchvision(), *shuffled)
+        assert "pip install 'cakd[timm]'" in caught.value.hint
+    other = tuple(f"class {number}" for number in range(1000))
+    with pytest.raises(RecipeError, match="has no class for 1000 of the 1000"):
+        mapped(other, *ids)
 
 
 def test_a_layer_of_what_is_fitted_is_named_as_before(part, toy_teacher):

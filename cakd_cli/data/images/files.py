@@ -166,12 +166,14 @@ class Listing(NamedTuple):
             validation is a part of its own.
         class_names: One name a class, in label order.
         reasons: Why the parts are these where the files leave it open, by key of the recipe's ``data``.
+        wordnet_ids: WordNet's id of each class, where the data is made of its synsets; empty of other data.
     """
 
     root: Path
     parts: Mapping[str, Files]
     class_names: Sequence[str]
     reasons: Mapping[str, str] = {}
+    wordnet_ids: Sequence[str] = ()
 
 
 class FileSplit(Split):
@@ -432,6 +434,7 @@ class FileDataSpec(AugmentedSpec):
             validation=validation,
             test=test,
             class_names=tuple(listing.class_names),
+            wordnet_ids=tuple(listing.wordnet_ids),
             channels=3,
             image_size=(self.size, self.size),
             mean=self.mean,

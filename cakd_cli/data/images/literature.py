@@ -41,7 +41,8 @@ class ImageNetSpec(FileDataSpec):
             test = _labelled(images / "val", *_validation_classes(root), wnids)
         # Not what torchvision's meta.bin calls them: that file comes and goes, and names must not.
         words = _words(root, ("LOC_synset_mapping.txt", "synset_words.txt"))
-        return Listing(images, {"train": list_files(images / "train", wnids), "test": test}, _named(wnids, words))
+        parts = {"train": list_files(images / "train", wnids), "test": test}
+        return Listing(images, parts, _named(wnids, words), wordnet_ids=wnids)
 
 
 class TinyImageNetSpec(FileDataSpec):
@@ -73,7 +74,7 @@ class TinyImageNetSpec(FileDataSpec):
             check_classes(wnids, root, "val")
             test = list_files(root / "val", wnids)
         parts = {"train": list_files(root / "train", wnids), "test": test}
-        return Listing(root, parts, _named(wnids, _words(root, ("words.txt",))))
+        return Listing(root, parts, _named(wnids, _words(root, ("words.txt",))), wordnet_ids=wnids)
 
 
 class CubSpec(FileDataSpec):
