@@ -33,7 +33,7 @@ from cakd_cli.evaluation import cost
 from cakd_cli.machine import memory
 from cakd_cli.machine.hardware import HALVES, Hardware
 from cakd_cli.models.layers import Answers
-from cakd_cli.recipe.schema import Recipe, SGDOptions
+from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher
 from cakd_cli.teachers.answers import AnswerSource
 
@@ -77,7 +77,7 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
         raise RecipeError(
             "the plain loop has one view of each image, and the loss looks at two", hint="loss=cakd-logits"
         )
-    if plain and isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.delta:
+    if plain and recipe.delta:
         raise RecipeError("the plain loop has one momentum for all terms", hint="optimizer.delta=0")
     # Without a memory and with one: both are measured whatever the recipe says, in RAM and of this loss alone.
     off = recipe.engine.model_copy(update={"teacher_memory": "off"})

@@ -9,7 +9,7 @@ from cakd_cli.data import DataSpec
 from cakd_cli.engine import run_directory
 from cakd_cli.errors import CheckFailedError, InputError
 from cakd_cli.evaluation.measure import measure
-from cakd_cli.evaluation.probe import probe as linear_probe
+from cakd_cli.evaluation.probe import linear_probe
 from cakd_cli.machine.hardware import choose_hardware
 from cakd_cli.models import saving
 from cakd_cli.recipe.resolve import resolve

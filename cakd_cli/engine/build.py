@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cakd_cli.data import ImageDataSet, MemorySplit, MixedSplit
+from cakd_cli.data import Batch, ImageDataSet, MemorySplit, MixedSplit
 from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_batch_norms
 from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.errors import HardwareError, InputError, RecipeError
@@ -21,7 +21,7 @@ from cakd_cli.machine.sharding import shard
 from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.models.layers import stages
 from cakd_cli.recipe import class_map
-from cakd_cli.recipe.schema import Recipe, SGDOptions
+from cakd_cli.recipe.schema import Recipe
 from cakd_cli.teachers import Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
 from cakd_cli.teachers.forms import make_form
@@ -52,9 +52,9 @@ class Inputs:
     to_fetch: tuple[str, ...] = ()
     ranks: Ranks = ALONE
 
-    def first_images(self) -> Tensor:
-        """Take the first training batch, to measure on."""
-        batches = self.data.train.train_batches(
+    def batches(self) -> Iterator[Batch]:
+        """Yield this process's share of the first epoch's training batches, to measure on."""
+        return self.data.train.train_batches(
             batch_size=self.recipe.engine.batch_size,
             seed=self.recipe.seed,
             epoch=0,
@@ -62,7 +62,10 @@ class Inputs:
             device=self.hardware.device,
             share=self.ranks.share(self.recipe),
         )
-        return next(iter(batches)).images
+
+    def first_images(self) -> Tensor:
+        """Take the first training batch's images."""
+        return next(iter(self.batches())).images
 
     @property
     def steps_per_epoch(self) -> int:
@@ -183,10 +186,9 @@ def _check_data(recipe: Recipe, data: ImageDataSet) -> None:
 
 
 def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
-    if ranks.count > 1 and isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.delta:
+    if ranks.count > 1 and recipe.delta:
         raise RecipeError(
-            f"optimizer.delta is {recipe.optimizer.delta:g}, and two momenta are for one process; "
-            f"this run has {ranks.count}",
+            f"optimizer.delta is {recipe.delta:g}, and two momenta are for one process; this run has {ranks.count}",
             hint="start it without torchrun, or set optimizer.delta=0",
         )
     parts = ranks.count * recipe.engine.gradient_accumulation

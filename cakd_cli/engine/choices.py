@@ -23,7 +23,7 @@ from cakd_cli.errors import RecipeError
 from cakd_cli.machine.compiling import Trial, worth_compiling
 from cakd_cli.models.layers import Tap, Tapped, locate
 from cakd_cli.models.normalisation import Normalisation
-from cakd_cli.recipe.schema import EngineOptions, Recipe, SGDOptions
+from cakd_cli.recipe.schema import EngineOptions, Recipe
 from cakd_cli.teachers import Teacher, forms, memory
 from cakd_cli.teachers.forms import Form
 from cakd_cli.teachers.memory import Identity, identify
@@ -126,7 +126,7 @@ def _not_compiled(recipe: Recipe) -> str:
     """Why the student cannot be compiled; empty if it can."""
     if recipe.engine.parallel == "fsdp":
         return "what is cut over processes is not compiled"
-    if isinstance(recipe.optimizer, SGDOptions) and recipe.optimizer.delta:
+    if recipe.delta:
         return "two momenta (optimizer.delta) go through the student's graph twice"
     return ""
 

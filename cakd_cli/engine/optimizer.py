@@ -56,7 +56,7 @@ class Optimizer:
         self._whole = dict(task.named_parameters())
         self.parameters = {name: _own_parameter(parameter) for name, parameter in self._whole.items()}
         self.torch_optimizer = make_optimizer(recipe.optimizer, list(self.parameters.values()))
-        self._of_teacher = OwnMomentum(self.parameters, recipe) if getattr(recipe.optimizer, "delta", 0) else None
+        self._of_teacher = OwnMomentum(self.parameters, recipe) if recipe.delta else None
         self.average = None if average is None else Average(average, task.student, recipe.engine.ema_decay)
         self._scale = LossScale(task.hardware.device) if task.hardware.precision == "fp16" else None
         self.raised = torch.zeros((), device=task.hardware.device)

@@ -81,15 +81,7 @@ def rehearse(choices: Choices) -> Timing:
 
 def _batches(inputs: Inputs) -> Iterator[Batch]:
     """Give the full batches of the first epoch."""
-    batches = inputs.data.train.train_batches(
-        batch_size=inputs.recipe.engine.batch_size,
-        seed=inputs.recipe.seed,
-        epoch=0,
-        start=0,
-        device=inputs.hardware.device,
-        share=inputs.ranks.share(inputs.recipe),
-    )
-    return islice(batches, len(inputs.data.train) // inputs.recipe.engine.batch_size)
+    return islice(inputs.batches(), len(inputs.data.train) // inputs.recipe.engine.batch_size)
 
 
 class _Step(NamedTuple):

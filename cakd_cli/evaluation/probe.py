@@ -6,6 +6,7 @@ by SGD for some epochs; here the optimum itself is found, for the loss is convex
 Shape suffixes: N samples, B batch, C classes, D elements of the classifier's input.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import saving
 from cakd_cli.models.layers import Tap, Tapped, locate
 from cakd_cli.models.normalisation import Normalisation
+from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.models.saving import SavedModel
 
 # Penalties that are tried, for features of unit variance; the best on held-out images is taken.
@@ -30,7 +32,7 @@ _ITERATIONS = 200
 _HELD_OUT = 0.1
 
 
-def probe(run: Path, spec: DataSpec, machine: Hardware, *, batch_size: int) -> dict[str, Any]:
+def linear_probe(run: Path, spec: DataSpec, machine: Hardware, *, batch_size: int) -> dict[str, Any]:
     """Train a linear classifier on what a network's own classifier is given, and measure it on the test images.
 
     Training images are not augmented. Images of another size than the network's are resized to it.
@@ -55,20 +57,23 @@ def probe(run: Path, spec: DataSpec, machine: Hardware, *, batch_size: int) -> d
     parts = {"train": data.train, "test": data.test}
     if data.validation is not None:
         parts["held out"] = data.validation
-    features = {name: _features(saved, split, machine, batch_size) for name, split in parts.items()}
-    train, labels_N = features["train"]
+    network = machine.place(saved.model).eval()
+    example = torch.zeros(1, *shown.input_size, device=machine.device)
+    taps = locate(network, [Tap()], len(saved.class_names), example, name=saved.spec.label).taps
+    with contextlib.closing(Tapped(network, taps)) as tapped:
+        features = {name: _features(tapped, shown, split, machine, batch_size) for name, split in parts.items()}
     if "held out" not in features:
+        train_ND, labels_N = features["train"]
         keep, out = hold_out(labels_N, _HELD_OUT, seed=0)
-        features["held out"], train, labels_N = (train[out], labels_N[out]), train[keep], labels_N[keep]
-    mean_D, std_D = train.mean(0), train.std(0).clamp(min=1e-6)
-    scaled = {name: ((values - mean_D) / std_D, labels) for name, (values, labels) in features.items()}
+        features["train"], features["held out"] = ((train_ND[part], labels_N[part]) for part in (keep, out))
+    mean_D, std_D = features["train"][0].mean(0), features["train"][0].std(0).clamp(min=1e-6)
+    scaled = {name: ((values_ND - mean_D) / std_D, labels_N) for name, (values_ND, labels_N) in features.items()}
     found = []
     for penalty in _PENALTIES:
-        classifier = _fitted((train - mean_D) / std_D, labels_N, data.num_classes, penalty)
-        held_out = metrics.brief(classifier(scaled["held out"][0]), scaled["held out"][1])
-        found.append((held_out["nll"], penalty, classifier))
+        classifier = _fitted(*scaled["train"], data.num_classes, penalty)
+        found.append((_measured(classifier, *scaled["held out"])["nll"], penalty, classifier))
     _, penalty, classifier = min(found, key=lambda entry: entry[0])
-    figures = metrics.brief(classifier(scaled["test"][0]), scaled["test"][1])
+    figures = _measured(classifier, *scaled["test"])
     counts = {"classes": data.num_classes, "train": len(data.train), "test": len(data.test), "features": len(mean_D)}
     return {"data": data.name, **counts, "penalty": penalty, **figures}
 
@@ -90,21 +95,21 @@ def _check(saved: SavedModel, data: ImageDataSet) -> None:
 
 
 @torch.no_grad()
-def _features(saved: SavedModel, split: Split, machine: Hardware, batch_size: int) -> tuple[Tensor, Tensor]:
+def _features(
+    tapped: Tapped, shown: Preprocessing, split: Split, machine: Hardware, batch_size: int
+) -> tuple[Tensor, Tensor]:
     """What the classifier is given, float32 (samples, elements), and labels (samples,), on the CPU."""
-    shown, network = saved.preprocessing, machine.place(saved.model).eval()
-    example = torch.zeros(1, *shown.input_size, device=machine.device)
-    (tap,) = locate(network, [Tap()], len(saved.class_names), example, name=saved.spec.label).taps
-    tapped, normalise = Tapped(network, [tap]), Normalisation(shown.mean, shown.std, machine)
+    (tap,), normalise = tapped.taps, Normalisation(shown.mean, shown.std, machine)
     features, labels = [], []
-    try:
-        for batch in split.ordered_batches(batch_size=batch_size, device=machine.device):
-            images = _resized(batch.images, shown.input_size[1:])
-            features.append(tapped(normalise(images))[str(tap)].cpu())
-            labels.append(batch.labels.cpu())
-    finally:
-        tapped.close()
+    for batch in split.ordered_batches(batch_size=batch_size, device=machine.device):
+        images = _resized(batch.images, shown.input_size[1:])
+        features.append(tapped(normalise(images))[str(tap)].cpu())
+        labels.append(batch.labels.cpu())
     return torch.cat(features), torch.cat(labels)
+
+
+def _measured(classifier: nn.Linear, features_ND: Tensor, labels_N: Tensor) -> dict[str, float]:
+    return metrics.brief(classifier(features_ND), labels_N)
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -163,6 +163,11 @@ class Recipe(Options):
         return any(term.needs.teacher for term in self.loss)
 
     @property
+    def delta(self) -> float:
+        """How far the momentum of what is learnt from the teacher is from the mean of both (DOT); 0 = there is one."""
+        return self.optimizer.delta if isinstance(self.optimizer, SGDOptions) else 0.0
+
+    @property
     def needs_second_view(self) -> bool:
         """Whether any term of the loss looks at a second view of each image."""
         return any(term.needs.second_view for term in self.loss)
@@ -234,7 +239,7 @@ class Recipe(Options):
         engine = self.engine
         if isinstance(self.optimizer, SGDOptions) and self.optimizer.nesterov and not self.optimizer.momentum:
             yield ("optimizer", "nesterov"), "needs a momentum above 0; set optimizer.nesterov=false"
-        if isinstance(self.optimizer, SGDOptions) and self.optimizer.delta:
+        if isinstance(self.optimizer, SGDOptions) and self.delta:
             yield from self._wrong_momenta(self.optimizer)
         if engine.parallel == "fsdp":
             for key, value in (("compile", "on"), ("teacher_form", "compiled")):

@@ -36,7 +36,7 @@ def build(in_channels, num_classes):
 
 def trained():
     network = build(1, 4)
-    network.load_state_dict(torch.load(Path(__file__).with_name("trained.pth")))
+    network.load_state_dict(torch.load(Path(__file__).with_name("trained.pth"), weights_only=True))
     return network
 
 

@@ -33,7 +33,7 @@ class AugmentedSpec(DataSpec):
     mix: Mix = Field(
         "none",
         description="mix training images in pairs: mixup, cutmix, or one of both for each batch; the teacher is asked "
-        "about the mixed image",
+        "about the mixed image; several processes each mix their share",
     )
     mix_alpha: float = Field(
         1.0, gt=0, le=100, description="of the beta distribution that an image's share in the mixture is drawn from"
