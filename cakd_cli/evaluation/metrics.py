@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cakd_cli.losses import cross_entropy, decouple, grouping
+from cakd_cli.losses import cross_entropy, decouple, grouping, two_groups
 
 # The temperature that the literature distils with: at 1 a sure teacher hides its second thoughts.
 FIDELITY_TEMPERATURE = 4.0
@@ -95,7 +95,7 @@ def fidelity(student_NC: Tensor, teacher_NC: Tensor) -> dict[str, float]:
     split = decouple(
         student_NC.double(),
         teacher_NC.double(),
-        (~strong_NC).long(),
+        two_groups(strong_NC),
         num_groups=2,
         temperature=FIDELITY_TEMPERATURE,
     )

@@ -17,7 +17,7 @@ from cakd_cli.losses.cross_view import CRLDTerm, crld_step
 from cakd_cli.losses.curriculum import CTKDTerm, ctkd
 from cakd_cli.losses.decoupled import DKDTerm, dkd, dkd_mod
 from cakd_cli.losses.decoupled_kl import GKLTerm, IKLTerm, gkl, ikl
-from cakd_cli.losses.decoupling import Decoupling, decouple
+from cakd_cli.losses.decoupling import Decoupling, decouple, two_groups
 from cakd_cli.losses.features.activation_boundaries import ABTerm, activation_boundaries
 from cakd_cli.losses.features.attention import ATTerm, at
 from cakd_cli.losses.features.class_attention import cat_kd
@@ -269,6 +269,7 @@ __all__ = [
     "srrl_pooled",
     "standardise",
     "ttm",
+    "two_groups",
     "vid",
     "wkd_l",
     "wkd_l_step",

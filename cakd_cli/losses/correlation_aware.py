@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cakd_cli.losses.base import Lesson, LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import Part, decouple, weigh
+from cakd_cli.losses.decoupling import Part, decouple, two_groups, weigh
 from cakd_cli.losses.grouping import Grouping, LabelGrouping
 from cakd_cli.losses.logits import check_pair
 from cakd_cli.losses.weights import Weight
@@ -54,7 +54,7 @@ def cakd(
             f"strong_BC must be a boolean mask of shape {tuple(student_BC.shape)}, "
             f"got {tuple(strong_BC.shape)} of {strong_BC.dtype}"
         )
-    split = decouple(student_BC, teacher_BC, (~strong_BC).long(), num_groups=2, temperature=temperature)
+    split = decouple(student_BC, teacher_BC, two_groups(strong_BC), num_groups=2, temperature=temperature)
     inside = Part("scd", alpha, scale_by_mass), Part("wcd", beta, scale_by_mass)
     return weigh(split, temperature, Part("bcd"), inside)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import KLType, Part, decouple, weigh
+from cakd_cli.losses.decoupling import KLType, Part, decouple, two_groups, weigh
 from cakd_cli.losses.logits import check_pair
 from cakd_cli.losses.weights import Weight
 
@@ -71,7 +71,9 @@ def dkd_mod(
         alone_BC = grouping.top_k(teacher_BC, 1)
     else:
         raise ValueError(f"strategy must be target or top1, got {strategy!r}")
-    split = decouple(student_BC, teacher_BC, (~alone_BC).long(), num_groups=2, temperature=temperature, kl_type=kl_type)
+    split = decouple(
+        student_BC, teacher_BC, two_groups(alone_BC), num_groups=2, temperature=temperature, kl_type=kl_type
+    )
     return weigh(split, temperature, Part("tckd", alpha), (None, Part("nckd", beta)))
 
 

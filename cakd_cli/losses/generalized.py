@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import Lesson, LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import Decoupling, KLType, Part, decouple, weigh
+from cakd_cli.losses.decoupling import Decoupling, KLType, Part, decouple, two_groups, weigh
 from cakd_cli.losses.logits import STANDARDISING_EPSILON, check_pair, soften, standardise
 from cakd_cli.losses.weights import Weight
 
@@ -195,14 +195,14 @@ def ls_gdkd(
                 facts |= {f"mean_{name}_{group}": mean_B.mean(), f"std_{name}_{group}": std_B.mean()}
     split = _split(logits["student"], logits["teacher"], top_BC, temperature, kl_type)
     if norm_mode != "global":
-        between = _split(raw["student"], raw["teacher"], top_BC, temperature, kl_type).between_B
-        split = replace(split, between_B=between)
+        between_B1 = _split(raw["student"], raw["teacher"], top_BC, temperature, kl_type).parts_BJ[:, :1]
+        split = replace(split, parts_BJ=torch.cat([between_B1, split.within_BK], 1))
     output = weigh(split, temperature, *_parts(w0, w1, w2))
     return LossOutput(output.total, output.parts | facts)
 
 
 def _split(student_BC: Tensor, teacher_BC: Tensor, top_BC: Tensor, temperature: float, kl_type: KLType) -> Decoupling:
-    return decouple(student_BC, teacher_BC, (~top_BC).long(), num_groups=2, temperature=temperature, kl_type=kl_type)
+    return decouple(student_BC, teacher_BC, two_groups(top_BC), num_groups=2, temperature=temperature, kl_type=kl_type)
 
 
 def _standardise_inside(logits_BC: Tensor, member_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput, Objectives, SoftenedTerm
-from cakd_cli.losses.decoupling import decouple
+from cakd_cli.losses.decoupling import decouple, two_groups
 from cakd_cli.losses.logits import check_pair, check_target, standardise
 from cakd_cli.losses.supervised import cross_entropy
 from cakd_cli.losses.swapped import swapped
@@ -57,13 +57,13 @@ def rld(
     teacher_BC = teacher_BC.detach()
     if logit_stand:
         student_BC, teacher_BC = standardise(student_BC), standardise(teacher_BC)
-    rest_BC = ~grouping.label(teacher_BC, target_B)
+    label_BC = two_groups(grouping.label(teacher_BC, target_B))
     # Swapped, the teacher's largest probability stands where the label is.
     sure = decouple(
-        student_BC, swapped(teacher_BC, target_B), rest_BC.long(), num_groups=2, temperature=alpha_temperature
+        student_BC, swapped(teacher_BC, target_B), label_BC, num_groups=2, temperature=alpha_temperature
     )
-    kept_BC = teacher_BC < teacher_BC.gather(1, target_B.unsqueeze(1))
-    ranked = decouple(student_BC, teacher_BC, kept_BC.long(), num_groups=2, temperature=temperature)
+    above_BC = two_groups(teacher_BC >= teacher_BC.gather(1, target_B.unsqueeze(1)))
+    ranked = decouple(student_BC, teacher_BC, above_BC, num_groups=2, temperature=temperature)
     scd = alpha_temperature**2 * sure.between_B.mean()
     mcd = temperature**2 * ranked.within_BK[:, 1].mean()
     return LossOutput(alpha * scd + beta * mcd, {"scd": scd, "mcd": mcd})

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cakd_cli.losses import grouping
 from cakd_cli.losses.base import LossOutput
-from cakd_cli.losses.decoupling import decouple
+from cakd_cli.losses.decoupling import decouple, two_groups
 from cakd_cli.losses.logits import check_target, kl, soften
 
 
@@ -94,8 +94,8 @@ def sdd_dkd(
         ``total`` with the part ``sdd_dkd``: times temperature squared, in nats.
     """
     student_RC, teacher_RC, target_R = _rows(student_BCN, teacher_BCN, target_B, temperature)
-    rest_RC = ~grouping.label(teacher_RC, target_R)
-    split = decouple(student_RC, teacher_RC, rest_RC.long(), num_groups=2, temperature=temperature)
+    label_RC = two_groups(grouping.label(teacher_RC, target_R))
+    split = decouple(student_RC, teacher_RC, label_RC, num_groups=2, temperature=temperature)
     loss_R = temperature**2 * (alpha * split.between_B + beta * split.within_BK[:, 1])
     return _weighed("sdd_dkd", loss_R, teacher_BCN, target_B)
 

@@ -70,7 +70,6 @@ def test_gradients_agree_with_finite_differences():
     student, teacher = (torch.randn(3, 7, generator=generator, dtype=torch.float64) for _ in "st")
     target = torch.tensor([0, 3, 6])
     strong = torch.rand(3, 7, generator=generator) < 0.4
-    groups = torch.randint(0, 4, (3, 7), generator=generator)
     student.requires_grad_()
 
     assert torch.autograd.gradcheck(lambda s: kd(s, teacher, temperature=3).total, student)
@@ -82,7 +81,20 @@ def test_gradients_agree_with_finite_differences():
             ),
             student,
         )
-    assert torch.autograd.gradcheck(lambda s: decouple(s, teacher, groups, num_groups=4).within_BK.sum(), student)
+
+
+@pytest.mark.parametrize("kl_type", ["forward", "reverse", "both"])
+def test_gradients_of_every_part_agree_with_finite_differences(kl_type):
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(3, 7, generator=generator, dtype=torch.float64) for _ in "st")
+    # The last group is empty, and group 3 holds one class of the first sample.
+    groups = torch.randint(0, 3, (3, 7), generator=generator)
+    groups[0, 2] = 3
+    student.requires_grad_()
+
+    assert torch.autograd.gradcheck(
+        lambda s: decouple(s, teacher, groups, num_groups=5, temperature=2, kl_type=kl_type).parts_BJ, student
+    )
 
 
 def test_cakd_with_the_label_is_dkd():

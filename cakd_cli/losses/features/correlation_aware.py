@@ -8,6 +8,8 @@ Shape suffixes: B batch, C classes, D elements (channels) of a layer.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -125,8 +127,7 @@ class CAKDFeaturesTerm(Term):
 
     def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
         assert isinstance(module, Connector)
-        total = lesson.student_BC.new_zeros(())
-        parts: dict[str, Tensor] = {}
+        outputs = []
         settings: dict[str, Any] = {
             name: getattr(self, name) for name in ("temperature", "alpha", "beta", "scale_by_mass")
         }
@@ -138,10 +139,9 @@ class CAKDFeaturesTerm(Term):
                 self._strong(teacher_BD, lesson, module, theirs),
                 **settings,
             )
-            total = total + output.total
-            for name, part in output.parts.items():
-                parts[f"feature_{name}"] = parts.get(f"feature_{name}", 0) + part
-        return LossOutput(total, parts)
+            outputs.append(output)
+        parts = {f"feature_{name}": reduce(add, (output.parts[name] for output in outputs)) for name in output.parts}
+        return LossOutput(reduce(add, (output.total for output in outputs)), parts)
 
     def _layers(self) -> tuple[tuple[Look, ...], tuple[Look, ...]]:
         needs = self.needs
