@@ -22,6 +22,8 @@ from cakd_cli.sweep.plan import Unit
 
 # How often a run that another process trains is looked at again.
 _WAIT_SECONDS = 2.0
+# How often a run is looked at, whether it has ended.
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Processes:
             if self.stopped_by:
                 process.send_signal(signal.SIGTERM)
             try:
+                # A cluster interrupts a task between two steps of Python, and so not within a wait without end.
+                while process.poll() is None:
+                    time.sleep(_POLL_SECONDS)
                 return process.wait()
             except BaseException:  # as a cluster interrupts a task
                 process.send_signal(signal.SIGTERM)

@@ -1,5 +1,8 @@
-"""A sweep on a Ray cluster of two nodes, one of which is killed. Needs ray; run with pytest -m slow."""
+"""A sweep on a Ray cluster that loses a node, or is stopped. Needs ray; run with pytest -m slow."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -59,3 +62,31 @@ def test_no_cluster_is_said(toy_file, toy_teacher, tmp_path, cakd, monkeypatch):
 
     assert result.code == 7
     assert "no Ray cluster" in result.err
+
+
+def test_ctrl_c_stops_the_runs_where_they_can_go_on(cluster, toy_file, toy_teacher, tmp_path):
+    out = tmp_path / "sweep"
+    command = [
+        sys.executable,
+        "-m",
+        "cakd_cli",
+        "sweep",
+        "--data",
+        f"tensors:{toy_file}",
+        "--teacher",
+        str(toy_teacher),
+    ]
+    command += ["--student", "resnet8", "--loss", "kd", "--seeds", "1", "--epochs", "400", "--batch-size", "16"]
+    command += ["--device", "cpu", "engine.precision=fp32", "engine.compile=off", "engine.checkpoint_seconds=1"]
+    process = subprocess.Popen([*command, "--out", str(out), "--on", "ray"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(out.glob("*/checkpoints/epoch-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    begun = next(out.glob("*/checkpoints")).parent
+
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+
+    assert process.returncode == 75, said
+    assert "the same command goes on" in said
+    assert RunDirectory(begun).facts()["ended"] == "stopped"
