@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import cakd_cli.data
+import cakd_cli.data.images
 
 EMPTY = 0.4
 COUNTS = {"train": 8000, "test": 2000}
@@ -20,7 +20,7 @@ COUNTS = {"train": 8000, "test": 2000}
 
 def main(path: Path) -> None:
     """Write the file."""
-    digits = load_file(Path(cakd_cli.data.__file__).parent / "assets" / "digits.safetensors")
+    digits = load_file(Path(cakd_cli.data.images.__file__).parent / "assets" / "digits.safetensors")
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for part, count in COUNTS.items():
