@@ -16,6 +16,8 @@ from cakd_cli.machine import memory
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # First generation of CUDA devices that multiplies fp16 matrices faster than fp32 ones.
 _TENSOR_CORES = 7
+# AMD's generations that multiply bf16 matrices faster than fp32 ones: CDNA, RDNA 3 and RDNA 4.
+_MATRIX_CORES = re.compile(r"gfx(908|90a|94\d|95\d|11\d\d|12\d\d)")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def choose_hardware(
         _check_kernels(found)
         # cuDNN's default would round the inputs of fp32 convolutions to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
+        # Batches have one size, so the fastest kernel of each convolution is worth a search.
+        torch.backends.cudnn.benchmark = True
     native = _native_bf16(found)
     if precision == "auto":
         precision, reasons["engine.precision"] = _best_precision(found, native)
@@ -214,13 +218,16 @@ def _best_precision(device: torch.device, native_bf16: str) -> tuple[str, str]:
     """Choose the fastest precision that trains alike, and say why."""
     if native_bf16:
         return "bf16", native_bf16
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _TENSOR_CORES:
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= _TENSOR_CORES:
         return "fp16", f"tensor cores, and no native bf16 on {describe(device)}"
     return "fp32", f"no native bf16 on {describe(device)}"
 
 
 def _native_bf16(device: torch.device) -> str:
     """Say why bf16 is fast here, or nothing."""
+    if device.type == "cuda" and torch.version.hip:
+        # torch says of every AMD GPU that it can.
+        return "matrix cores" if _MATRIX_CORES.match(torch.cuda.get_device_properties(device).gcnArchName) else ""
     if device.type == "cuda":
         return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
     if device.type == "xpu":

@@ -199,6 +199,32 @@ def test_a_gpu_without_kernels_ends_a_run_before_it_begins(cakd, toy_file, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("gfx900", "fp32"),
+        ("gfx906:sramecc-:xnack-", "fp32"),
+        ("gfx1030", "fp32"),
+        ("gfx908", "bf16"),
+        ("gfx90a:sramecc+:xnack-", "bf16"),
+        ("gfx942", "bf16"),
+        ("gfx1100", "bf16"),
+        ("gfx1201", "bf16"),
+    ],
+)
+def test_an_amd_gpu_computes_in_bf16_where_it_has_the_cores(monkeypatch, name, precision):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx900", "gfx942"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    monkeypatch.setattr(hardware, "_find_device", lambda name, reasons: torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    assert choose_hardware().precision == precision
+    assert torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_an_xpu_computes_in_bf16_where_it_says_that_it_can(monkeypatch, native):
     monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda *, including_emulation: native or including_emulation)
