@@ -85,7 +85,10 @@ Data = Annotated[str | None, typer.Option(help="digits, cifar100, folder:PATH, t
 DataRoot = Annotated[str | None, typer.Option(help="Folder of data that is downloaded.")]
 Teacher = Annotated[
     list[str] | None,
-    typer.Option(help="Run directory, torchvision:NAME, timm:NAME, hf-hub:ID, FILE.onnx, ...; again for several."),
+    typer.Option(
+        help="Run directory, torchvision:NAME, timm:NAME, hf-hub:ID, FILE.onnx, logits:FILE, probe:timm:NAME, "
+        "clip:FOLDER, ...; again for several."
+    ),
 ]
 ClassMap = Annotated[
     str | None, typer.Option(metavar="FILE", help="Which of the teacher's classes are the data's; by name by default.")

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cakd_cli.bench.plain import PlainLoop
-from cakd_cli.data import ImageDataSet
+from cakd_cli.data import Batch, ImageDataSet
 from cakd_cli.engine.build import Inputs, Job, make_job, make_source, read_inputs
-from cakd_cli.engine.choices import Choices, decide
+from cakd_cli.engine.choices import Choices, decide, fits_device
 from cakd_cli.engine.loop import Trainer
 from cakd_cli.engine.progress import Progress, Silent
 from cakd_cli.engine.record import versions
@@ -33,9 +33,10 @@ from cakd_cli.evaluation import cost
 from cakd_cli.machine import memory
 from cakd_cli.machine.hardware import HALVES, Hardware
 from cakd_cli.models.layers import Answers
-from cakd_cli.recipe.schema import Recipe
+from cakd_cli.recipe.schema import EngineOptions, Recipe
 from cakd_cli.teachers import Teacher
 from cakd_cli.teachers.answers import AnswerSource
+from cakd_cli.teachers.memory import identify
 
 ROUNDS = 7
 # Each way runs for about so long in each round.
@@ -71,6 +72,8 @@ def measure(recipe: Recipe, progress: Progress, *, plain: bool) -> dict[str, Any
     """
     if not recipe.needs_teacher:
         raise RecipeError("cakd bench measures distillation, and no term of the loss needs a teacher")
+    if recipe.comparable_teacher is None:
+        raise RecipeError("cakd bench measures a teacher that is asked, and a file of logits is not")
     if plain and any(term.looks_inside for term in recipe.loss):
         raise RecipeError("the plain loop compares logits alone, and the loss has features", hint="loss=cakd-logits")
     if plain and recipe.needs_second_view:
@@ -157,11 +160,21 @@ def _job(choices: Choices, *, warm: bool, made_up: bool = False) -> Job:
     inputs, recipe = choices.inputs, choices.recipe
     # Nothing is saved, however long it takes.
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"checkpoint_seconds": 1e9})})
-    source = make_source(inputs, recipe, Silent().note, memory="ram" if warm else "off")
+    table = warm and _has_room_for_a_table(inputs, recipe.engine)
+    where = "ram" if warm else "off"
+    source = make_source(inputs, recipe, Silent().note, memory=where, table=table and not made_up)
     assert source is not None
     if made_up:
-        source = AnswerSource(_Zeros(_teacher(inputs)), source.memory, inputs.hardware.device, Silent().note)
+        zeros, device = _Zeros(_teacher(inputs)), inputs.hardware.device
+        source = AnswerSource(zeros, source.memory, device, Silent().note, table=table)
     return make_job(inputs, recipe, source)
+
+
+def _has_room_for_a_table(inputs: Inputs, engine: EngineOptions) -> bool:
+    """Whether a run would hold what it remembers on the device: the choices here are those of one without a memory."""
+    form, stored = engine.teacher_form, engine.teacher_memory_precision
+    identity = identify(_teacher(inputs), inputs.data, inputs.hardware, form=form, stored=stored)
+    return identity is not None and fits_device(identity, inputs.hardware)[0]
 
 
 class _Zeros:
@@ -170,10 +183,9 @@ class _Zeros:
     def __init__(self, teacher: Teacher) -> None:
         self._shapes = teacher.shapes
 
-    def answer(self, images: Tensor) -> Answers:
-        return {
-            name: images.new_zeros((len(images), *shape), dtype=torch.float32) for name, shape in self._shapes.items()
-        }
+    def answer(self, batch: Batch) -> Answers:
+        device, size = batch.images.device, len(batch.images)
+        return {name: torch.zeros(size, *shape, device=device) for name, shape in self._shapes.items()}
 
     def close(self) -> None:
         pass

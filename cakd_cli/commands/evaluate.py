@@ -15,6 +15,7 @@ from cakd_cli.models import saving
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.recipe.schema import Recipe
 from cakd_cli.report import tables
+from cakd_cli.teachers import LogitsTeacher
 
 
 def run(
@@ -25,7 +26,10 @@ def run(
     saving.read_config(path)  # first of all: whether there is a network
     recipe = recipe_of(path, flags)
     other = _probe_data(probe, flags) if probe else None
-    report = measure(path, recipe, split=split, with_teacher=bool(flags.get("teacher")))
+    asked = bool(flags.get("teacher"))
+    if asked and isinstance(recipe.teacher, LogitsTeacher):
+        console.warn(f"{recipe.teacher.label} says nothing of {split} images: agreement with the teacher is left out")
+    report = measure(path, recipe, split=split, with_teacher=asked and recipe.comparable_teacher is not None)
     if other is not None:
         machine = choose_hardware(recipe.engine.device, "fp32", channels_last=recipe.engine.channels_last)
         report["probe"] = linear_probe(path, other, machine, batch_size=recipe.engine.evaluation_batch_size)

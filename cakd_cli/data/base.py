@@ -122,7 +122,13 @@ class Views:
 
 
 class Split(ABC):
-    """One part of a data set."""
+    """One part of a data set.
+
+    Attributes:
+        samples: Samples in the file, or the list of files, by which they are numbered; those of other splits included.
+    """
+
+    samples: int
 
     @property
     @abstractmethod

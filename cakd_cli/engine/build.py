@@ -22,7 +22,7 @@ from cakd_cli.models.initial import check_takes, initial_network
 from cakd_cli.models.layers import stages
 from cakd_cli.recipe import class_map
 from cakd_cli.recipe.schema import Recipe
-from cakd_cli.teachers import Teacher, load_teacher, single_teachers
+from cakd_cli.teachers import StoredLogits, Teacher, load_teacher, single_teachers
 from cakd_cli.teachers.answers import AnswerSource
 from cakd_cli.teachers.forms import make_form
 from cakd_cli.teachers.memory import Identity, TeacherMemory, identify
@@ -274,7 +274,7 @@ def passes(recipe: Recipe) -> int:
 
 
 def make_source(
-    inputs: Inputs, recipe: Recipe, note: Callable[[str], None], *, memory: str | None = None
+    inputs: Inputs, recipe: Recipe, note: Callable[[str], None], *, memory: str | None = None, table: bool = False
 ) -> AnswerSource | None:
     """Put the teacher into its form and open the memory of its answers.
 
@@ -283,6 +283,7 @@ def make_source(
         recipe: Without anything automatic.
         note: Takes lines for the user.
         memory: ``off``, ``ram`` or ``disk`` instead of what the recipe says.
+        table: Whether the device holds the memory's answers too.
 
     Raises:
         InputError: If the memory is damaged.
@@ -291,6 +292,8 @@ def make_source(
     teacher, data, engine = inputs.teacher, inputs.data, recipe.engine
     if teacher is None:
         return None
+    if isinstance(teacher.model, StoredLogits):
+        return AnswerSource(teacher.model, None, inputs.hardware.device, note)
     where = memory or engine.teacher_memory
     form = make_form(teacher, engine.teacher_form, inputs.hardware)
     if where == "off" and engine.parallel == "fsdp" and inputs.ranks.count > 1:
@@ -306,7 +309,8 @@ def make_source(
         count = len(opened.written())
         if count:
             note(f"teacher memory {identity.key}: {count:,} of {identity.rows:,} answers are known")
-    return AnswerSource(form, opened, inputs.hardware.device, note, engine.batch_size // inputs.ranks.count)
+    size = engine.batch_size // inputs.ranks.count
+    return AnswerSource(form, opened, inputs.hardware.device, note, size, table=table)
 
 
 def _in_ram(identity: Identity, facts: dict[str, str], ranks: Ranks) -> TeacherMemory:

@@ -21,10 +21,11 @@ from cakd_cli.engine.build import Inputs, passes
 from cakd_cli.engine.task import taps
 from cakd_cli.errors import RecipeError
 from cakd_cli.machine.compiling import Trial, worth_compiling
+from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models.layers import Tap, Tapped, locate
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.recipe.schema import EngineOptions, Recipe
-from cakd_cli.teachers import Teacher, forms, memory
+from cakd_cli.teachers import StoredLogits, Teacher, forms, memory
 from cakd_cli.teachers.forms import Form
 from cakd_cli.teachers.memory import Identity, identify
 
@@ -48,12 +49,14 @@ class Choices:
         recipe: Without anything automatic.
         reasons: Why, by recipe key, of what was not asked for.
         warnings: What is done otherwise than asked for, and what will hardly work.
+        table: Whether the device holds the teacher's remembered answers too; no result depends on it.
     """
 
     inputs: Inputs
     recipe: Recipe
     reasons: dict[str, str]
     warnings: tuple[str, ...]
+    table: bool = False
 
     def lines(self) -> list[str]:
         """Say each choice with its reason."""
@@ -100,12 +103,15 @@ def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Cho
         engine = engine.model_copy(update={"compile": "off"})
     decay, warnings = _average_decay(engine, inputs.steps_per_epoch * engine.epochs)
     engine = engine.model_copy(update={"ema_decay": decay})
-    if inputs.teacher is None:
+    table = False
+    if inputs.teacher is None or isinstance(inputs.teacher.model, StoredLogits):
         engine = engine.model_copy(update=_NO_TEACHER)
+        if inputs.teacher is not None:
+            reasons["engine.teacher_memory"] = "the answers are in a file"
     else:
         memory_choice = _MemoryChoice(inputs, engine, measure=measure)
         inputs = replace(inputs, teacher=memory_choice.teacher)
-        engine = engine.model_copy(update=memory_choice.keys)
+        engine, table = engine.model_copy(update=memory_choice.keys), memory_choice.table
         if memory_choice.reason:
             reasons["engine.teacher_memory"] = memory_choice.reason
         if inputs.recipe.engine.teacher_memory_features is True and not engine.teacher_memory_features:
@@ -119,7 +125,7 @@ def decide(inputs: Inputs, *, measure: bool = True, student: bool = True) -> Cho
         compiled, reasons["engine.compile"] = _compiled(inputs, engine)
         engine = engine.model_copy(update={"compile": "on" if compiled else "off"})
     recipe = recipe.model_copy(update={"engine": engine})
-    return Choices(replace(inputs, recipe=recipe), recipe, reasons, (*warnings, *_warnings(inputs)))
+    return Choices(replace(inputs, recipe=recipe), recipe, reasons, (*warnings, *_warnings(inputs)), table)
 
 
 def _not_compiled(recipe: Recipe) -> str:
@@ -176,6 +182,11 @@ class _MemoryChoice:
             where, self.reason = self._where(teacher, stored)
             if where == "disk":
                 break
+        self.table = False
+        if where != "off":
+            identity = _identity(inputs, self.teacher, engine.teacher_form, stored)
+            self.table, why = fits_device(identity, inputs.hardware)
+            self.reason = "; ".join(filter(None, (self.reason, why)))
         self.keys: Mapping[str, Any] = {
             "teacher_memory": where,
             "teacher_memory_precision": stored,
@@ -192,7 +203,7 @@ class _MemoryChoice:
         if not measure:
             return "fp16"
         with contextlib.closing(Form(teacher, "plain", machine)) as form:
-            answers = form.answer(self._inputs.first_images()[:16])
+            answers = form.answers_to(self._inputs.first_images()[:16])
         return "fp32" if forms.loses_digits_in_half(answers) else "fp16"
 
     def _with_features(self, teacher: Teacher) -> Teacher | None:
@@ -238,6 +249,20 @@ class _MemoryChoice:
         if identity.num_bytes - used < 0.9 * free:
             return "disk", f"at most {room}"
         return "off", f"{room}, {decimal(free)} free"
+
+
+def fits_device(identity: Identity, machine: Hardware) -> tuple[bool, str]:
+    """Whether an accelerator has room for a table of all answers, and what to say of it; empty without an accelerator.
+
+    Half of what is free now is left to the steps to come. The CPU needs no table: there, the system keeps the files in
+    RAM, and what it costs to read them again is hardly more.
+    """
+    free, needed = machine.free_bytes(), identity.rows * identity.row_bytes
+    if free is None:
+        return False, ""
+    if needed <= free / 2:
+        return True, f"those met are held on {machine.device} too"
+    return False, f"not held on {machine.device}, where {decimal(free)} are free"
 
 
 def _identity(inputs: Inputs, teacher: Teacher, form: str, stored: str) -> Identity:

@@ -15,7 +15,7 @@ from cakd_cli.engine.task import Task
 from cakd_cli.evaluation import cost
 from cakd_cli.files import read_json
 from cakd_cli.models import ExternalSpec, num_parameters
-from cakd_cli.teachers import EnsembleTeacher, Teacher
+from cakd_cli.teachers import EnsembleTeacher, StoredLogits, Teacher
 
 
 def plan(inputs: Inputs) -> dict[str, Any]:
@@ -130,4 +130,6 @@ def _training_bytes(inputs: Inputs, parameters: int) -> int:
 
 
 def _size(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
+    if isinstance(model, StoredLogits):
+        return {"parameters": 0, "flops_per_image": 0}
     return {"parameters": num_parameters(model), "flops_per_image": cost.flops(model, shape)}

@@ -28,7 +28,7 @@ from cakd_cli.models import saving
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.recipe.schema import Recipe
-from cakd_cli.teachers import memory
+from cakd_cli.teachers import StoredLogits, memory
 
 # What of run.json goes with the network.
 _OF_THE_MODEL = ("data", "loss", "seed", "protocol", "metrics", "best_on_test", "teacher")
@@ -175,7 +175,7 @@ def _build(choices: Choices, facts: dict[str, Any], progress: Progress) -> Job:
     for line in choices.warnings:
         progress.warn(line)
     checked = inputs.ranks.told(inputs.ranks.by_first(lambda: _check_teacher(choices, facts["data"], progress)))
-    source = make_source(inputs, recipe, progress.note)
+    source = make_source(inputs, recipe, progress.note, table=choices.table)
     if checked and source is not None and source.memory is not None and source.memory.folder and inputs.ranks.first:
         memory.write_check(source.memory.identity, _measured_on(choices, facts["data"]), checked)
     try:
@@ -194,7 +194,9 @@ def _check_teacher(choices: Choices, data_facts: dict[str, Any], progress: Progr
         return {}
     literature = choices.recipe.protocol == "literature"
     on: Part = "validation" if data.validation else "test" if literature else "train"
-    if on == "train" and not data.labelled:
+    if isinstance(teacher.model, StoredLogits):
+        on = "train"  # it knows no others, and of those held out it cannot tell where they are a part of their own
+    if on == "train" and (not data.labelled or (data.multi_label and isinstance(teacher.model, StoredLogits))):
         return {}  # nothing but the test images has labels, and they are for the end
     checked = None
     if engine.teacher_memory == "disk":

@@ -2,8 +2,6 @@
 
 The tables of transfer in the field's papers are such probes (CRD, arXiv 1910.10699; DKD, arXiv 2203.08679). They train
 by SGD for some epochs; here the optimum itself is found, for the loss is convex.
-
-Shape suffixes: N samples, B batch, C classes, D elements of the classifier's input.
 """
 
 import contextlib
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cakd_cli.data import ImageDataSet, Split
@@ -21,13 +19,11 @@ from cakd_cli.evaluation import metrics
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import saving
 from cakd_cli.models.layers import Tap, Tapped, locate
+from cakd_cli.models.linear import Labelled, best_linear
 from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.models.preprocessing import Preprocessing
 from cakd_cli.models.saving import SavedModel
 
-# Penalties that are tried, for features of unit variance; the best on held-out images is taken.
-_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-_ITERATIONS = 200
 # Share of the training images that chooses the penalty, where the data holds nothing out itself.
 _HELD_OUT = 0.1
 
@@ -63,18 +59,14 @@ def linear_probe(run: Path, spec: DataSpec, machine: Hardware, *, batch_size: in
     with contextlib.closing(Tapped(network, taps)) as tapped:
         features = {name: _features(tapped, shown, split, machine, batch_size) for name, split in parts.items()}
     if "held out" not in features:
-        train_ND, labels_N = features["train"]
-        keep, out = hold_out(labels_N, _HELD_OUT, seed=0)
-        features["train"], features["held out"] = ((train_ND[part], labels_N[part]) for part in (keep, out))
-    mean_D, std_D = features["train"][0].mean(0), features["train"][0].std(0).clamp(min=1e-6)
-    scaled = {name: ((values_ND - mean_D) / std_D, labels_N) for name, (values_ND, labels_N) in features.items()}
-    found = []
-    for penalty in _PENALTIES:
-        classifier = _fitted(*scaled["train"], data.num_classes, penalty)
-        found.append((_measured(classifier, *scaled["held out"])["nll"], penalty, classifier))
-    _, penalty, classifier = min(found, key=lambda entry: entry[0])
-    figures = _measured(classifier, *scaled["test"])
-    counts = {"classes": data.num_classes, "train": len(data.train), "test": len(data.test), "features": len(mean_D)}
+        train = features["train"]
+        keep, out = hold_out(train.labels, _HELD_OUT, seed=0)
+        features["train"], features["held out"] = (Labelled(*(x[part] for x in train)) for part in (keep, out))
+    classifier, penalty = best_linear(features["train"], features["held out"], data.num_classes)
+    test = features["test"]
+    figures = metrics.brief(classifier(test.features), test.labels)
+    counts = {"classes": data.num_classes, "train": len(data.train), "test": len(data.test)}
+    counts["features"] = classifier.in_features
     return {"data": data.name, **counts, "penalty": penalty, **figures}
 
 
@@ -95,21 +87,15 @@ def _check(saved: SavedModel, data: ImageDataSet) -> None:
 
 
 @torch.no_grad()
-def _features(
-    tapped: Tapped, shown: Preprocessing, split: Split, machine: Hardware, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """What the classifier is given, float32 (samples, elements), and labels (samples,), on the CPU."""
+def _features(tapped: Tapped, shown: Preprocessing, split: Split, machine: Hardware, batch_size: int) -> Labelled:
+    """What the classifier is given."""
     (tap,), normalise = tapped.taps, Normalisation(shown.mean, shown.std, machine)
     features, labels = [], []
     for batch in split.ordered_batches(batch_size=batch_size, device=machine.device):
         images = _resized(batch.images, shown.input_size[1:])
         features.append(tapped(normalise(images))[str(tap)].cpu())
         labels.append(batch.labels.cpu())
-    return torch.cat(features), torch.cat(labels)
-
-
-def _measured(classifier: nn.Linear, features_ND: Tensor, labels_N: Tensor) -> dict[str, float]:
-    return metrics.brief(classifier(features_ND), labels_N)
+    return Labelled(torch.cat(features), torch.cat(labels))
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -117,22 +103,3 @@ def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
         return images
     resized = functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8)
-
-
-@torch.enable_grad()
-def _fitted(features_ND: Tensor, labels_N: Tensor, classes: int, penalty: float) -> nn.Linear:
-    """Minimise the cross-entropy plus half the penalty times the weights' squared norm, from weights of zero."""
-    classifier = nn.Linear(features_ND.shape[1], classes)
-    for parameter in classifier.parameters():
-        nn.init.zeros_(parameter)
-    solver = torch.optim.LBFGS(classifier.parameters(), max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        solver.zero_grad()
-        loss = functional.cross_entropy(classifier(features_ND), labels_N)
-        loss = loss + penalty / 2 * classifier.weight.square().sum()
-        loss.backward()
-        return loss.item()
-
-    solver.step(closure)
-    return classifier.requires_grad_(False)

@@ -238,13 +238,13 @@ class TimmSpec(ExternalSpec):
             ) from error
         return cast(nn.Module, model)
 
-    def published_form(self) -> PublishedForm:
+    def published_form(self, *, classifier: bool = True) -> PublishedForm:
         config = self._timm().get_pretrained_cfg(self.name)
         if config is None:
             raise RecipeError(
                 f"timm has no published weights of {self.name}", hint=f"give a file: weights=PATH of timm:{self.name}"
             )
-        if not config.num_classes:
+        if classifier and not config.num_classes:
             raise RecipeError(
                 f"the published weights of {self.label} have no classifier",
                 hint=f"train one on it: cakd train-teacher --model {self.label} model.pretrained=true",

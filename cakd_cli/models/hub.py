@@ -17,6 +17,8 @@ from cakd_cli.models.external import PublishedForm, timm_classes
 
 # What of a repository is wanted.
 FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+# Of a network that reads sentences as well.
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 # transformers names so the classes that nobody named.
 _UNNAMED = "LABEL_"
 # Of what a library says is wrong with a folder.
@@ -61,12 +63,13 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config if known else None
 
 
-def read_folder(folder: Path, config: Mapping[str, Any]) -> HubNetwork:
+def read_folder(folder: Path, config: Mapping[str, Any], *, classifier: bool = True) -> HubNetwork:
     """Read a network.
 
     Args:
         folder: With its files.
         config: As of :func:`read_config`.
+        classifier: Whether a network of timm without one is refused.
 
     Raises:
         InputError: If a file is missing or damaged, or there are no weights that can be read without running code.
@@ -77,7 +80,9 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> HubNetwork:
             f"{folder} has no model.safetensors", hint="other files of weights could run code; convert them"
         )
     try:
-        return _of_timm(folder, config) if "architecture" in config else _of_transformers(folder, config)
+        if "architecture" in config:
+            return _of_timm(folder, config, classifier=classifier)
+        return _of_transformers(folder, config)
     except (InputError, RecipeError):
         raise
     except Exception as error:
@@ -88,14 +93,14 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> HubNetwork:
         raise InputError(f"{folder}: {library} cannot read the network: {what}") from error
 
 
-def _of_timm(folder: Path, config: Mapping[str, Any]) -> HubNetwork:
+def _of_timm(folder: Path, config: Mapping[str, Any], *, classifier: bool) -> HubNetwork:
     try:
         import timm
     except ImportError as error:
         raise _not_installed(folder, "timm") from error
     model: Any = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
     shown = model.pretrained_cfg
-    if not shown["num_classes"]:
+    if classifier and not shown["num_classes"]:
         raise RecipeError(f"{folder} has no classifier", hint="cakd needs a network that tells classes apart")
     form = PublishedForm(
         tuple(shown["mean"]),
@@ -127,7 +132,7 @@ def _of_transformers(folder: Path, config: Mapping[str, Any]) -> HubNetwork:
     own = network.config
     labels = tuple(str(own.id2label[number]) for number in range(own.num_labels))
     named = not all(label.startswith(_UNNAMED) for label in labels)
-    mean, std, size = _preprocessing(folder, getattr(own, "num_channels", 3))
+    mean, std, size = preprocessing(folder, getattr(own, "num_channels", 3))
     form = PublishedForm(mean, std, (len(mean), *size), len(labels), labels if named else None)
     settings = {
         key: value for key, value in own.to_dict().items() if key not in ("_name_or_path", "transformers_version")
@@ -137,8 +142,12 @@ def _of_transformers(folder: Path, config: Mapping[str, Any]) -> HubNetwork:
     return HubNetwork(ImageClassifier(network), form, names[0], f"{text} of transformers {version}")
 
 
-def _preprocessing(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
-    """Mean and standard deviation for pixels in [0, 1], and height and width, of a preprocessor_config.json."""
+def preprocessing(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
+    """Mean and standard deviation for pixels in [0, 1], and height and width, of a preprocessor_config.json.
+
+    Raises:
+        InputError: If it is missing, or does not say so.
+    """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise InputError(
@@ -188,7 +197,8 @@ def snapshot(name: str, *, fetch: bool) -> Path:
     except ImportError as error:
         raise RecipeError(f"hf-hub:{name} needs huggingface_hub", hint="pip install 'cakd[hub]'") from error
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*FILES], local_files_only=not fetch))
+        wanted = [*FILES, *_TOKENIZER_FILES]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=not fetch))
     except Exception as error:
         # Of a dozen kinds, of three libraries.
         raise InputError(

@@ -265,7 +265,11 @@ def _expand_teacher(value: str, mistakes: _Mistakes, origin: str) -> dict[str, A
         return _with_weights({"type": name, "name": argument, "pretrained": True})
     if name == "hf-hub":
         return {"type": name, "name": argument}
-    if name == "onnx" and argument:
+    if name == "clip" and argument:
+        return {"type": name, "model": argument}
+    if name == "probe" and argument:
+        return {"type": name, "backbone": argument}
+    if name in ("onnx", "logits") and argument:
         return {"type": name, "path": argument}
     if value.endswith(".onnx") and not os.path.isdir(os.path.expanduser(value)):
         return {"type": "onnx", "path": value}

@@ -9,7 +9,7 @@ from cakd_cli.data import DataOptions
 from cakd_cli.losses import LossOptions
 from cakd_cli.models import ModelOptions, ModelSpec, OwnCodeSpec
 from cakd_cli.options import Options, mistakes
-from cakd_cli.teachers import EnsembleTeacher, OnnxTeacher, TeacherOptions, single_teachers
+from cakd_cli.teachers import EnsembleTeacher, LogitsTeacher, OnnxTeacher, TeacherOptions, single_teachers
 
 Keys = tuple[str | int, ...]
 
@@ -163,6 +163,11 @@ class Recipe(Options):
         return any(term.needs.teacher for term in self.loss)
 
     @property
+    def comparable_teacher(self) -> TeacherOptions | None:
+        """The teacher, if it can be shown other images than those of training; a file of its logits cannot."""
+        return None if isinstance(self.teacher, LogitsTeacher) else self.teacher
+
+    @property
     def delta(self) -> float:
         """How far the momentum of what is learnt from the teacher is from the mean of both (DOT); 0 = there is one."""
         return self.optimizer.delta if isinstance(self.optimizer, SGDOptions) else 0.0
@@ -234,6 +239,21 @@ class Recipe(Options):
                 ("teacher",),
                 "is several networks, and features are compared with one; use --loss cakd-logits",
             )
+        if isinstance(self.teacher, LogitsTeacher) and self.needs_teacher:
+            yield from self._wrong_logits(inside)
+
+    def _wrong_logits(self, inside: LossOptions | None) -> Iterator[tuple[Keys, str]]:
+        if inside is not None:
+            wrong = f"is a file of logits, which shows no layers, and the term {inside.type} compares them"
+            yield ("teacher",), f"{wrong}; use --loss cakd-logits"
+        if self.needs_second_view:
+            yield ("teacher",), "is a file of logits of one view of an image, and the loss looks at two"
+        if self.data.mix != "none":
+            yield ("data", "mix"), "makes one image of two, and the teacher is a file of the logits of each alone"
+        for key, usual in (("teacher_memory", "off"), ("teacher_form", "plain")):
+            value = getattr(self.engine, key)
+            if value not in ("auto", usual):
+                yield ("engine", key), f"is {value}, and the teacher is a file of logits, which is not asked"
 
     def _wrong_engine(self) -> Iterator[tuple[Keys, str]]:
         engine = self.engine

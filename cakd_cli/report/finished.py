@@ -134,7 +134,7 @@ class Evaluations:
         return self._known[run.path]
 
     def _measure(self, run: FinishedRun) -> dict[str, Any]:
-        teacher = run.recipe.teacher is not None
+        teacher = run.recipe.comparable_teacher is not None
         recipe = run.recipe.model_copy(
             update={"engine": run.recipe.engine.model_copy(update={"device": "auto", "precision": "fp32"})}
         )

@@ -61,8 +61,8 @@ def inspect(run: FinishedRun) -> Inspected:
     student = machine.place(saved.model).eval()
     answers = predict(student, data.test, Normalisation(shown.mean, shown.std, machine), machine, batch_size=size)
     theirs = None
-    if recipe.teacher is not None:
-        teacher = load_teacher(recipe.teacher, data, machine, class_map=class_map.read(recipe.class_map))
+    if recipe.comparable_teacher is not None:
+        teacher = load_teacher(recipe.comparable_teacher, data, machine, class_map=class_map.read(recipe.class_map))
         normalisation = Normalisation(teacher.mean, teacher.std, machine)
         theirs, _ = predict(teacher.model, data.test, normalisation, machine, batch_size=size)
     return Inspected(data, answers[0], theirs, answers[1])

@@ -1,4 +1,4 @@
-"""Who answers: networks and ensembles, the form in which they compute, and the memory of what they have said."""
+"""Who answers: networks, ensembles and files of logits, the form in which networks compute, and the memory of it."""
 
 from typing import Annotated
 
@@ -10,11 +10,22 @@ from cakd_cli.models import ModelOptions, ModelSpec
 from cakd_cli.teachers.classes import ClassMap
 from cakd_cli.teachers.ensemble import EnsembleTeacher, load_ensemble
 from cakd_cli.teachers.hub import HubTeacher
+from cakd_cli.teachers.logits_file import LogitsTeacher, StoredLogits, load_logits
 from cakd_cli.teachers.network import RunTeacher, Teacher, TeacherSpec, load_network
 from cakd_cli.teachers.onnx_file import OnnxTeacher
+from cakd_cli.teachers.probe import ProbeTeacher
+from cakd_cli.teachers.zero_shot import ZeroShotTeacher
 
 TeacherOptions = Annotated[
-    RunTeacher | HubTeacher | OnnxTeacher | ModelOptions | EnsembleTeacher, Field(discriminator="type")
+    RunTeacher
+    | HubTeacher
+    | OnnxTeacher
+    | LogitsTeacher
+    | ProbeTeacher
+    | ZeroShotTeacher
+    | ModelOptions
+    | EnsembleTeacher,
+    Field(discriminator="type"),
 ]
 
 
@@ -48,6 +59,8 @@ def load_teacher(
     """
     if isinstance(spec, EnsembleTeacher):
         return load_ensemble(spec, data, hardware, fetch=fetch, class_map=class_map)
+    if isinstance(spec, LogitsTeacher):
+        return load_logits(spec, data, hardware, class_map=class_map)
     return load_network(spec, data, hardware, fetch=fetch, class_map=class_map)
 
 
@@ -55,11 +68,15 @@ __all__ = [
     "ClassMap",
     "EnsembleTeacher",
     "HubTeacher",
+    "LogitsTeacher",
     "OnnxTeacher",
+    "ProbeTeacher",
     "RunTeacher",
+    "StoredLogits",
     "Teacher",
     "TeacherOptions",
     "TeacherSpec",
+    "ZeroShotTeacher",
     "load_teacher",
     "single_teachers",
 ]

@@ -4,17 +4,18 @@ Shape suffixes: B batch, N views of a window, D numbers in all answers to a view
 """
 
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cakd_cli.data import Batch
-from cakd_cli.data.base import to_device
 from cakd_cli.machine.stopwatch import Stopwatch
 from cakd_cli.models.layers import LOGITS, SECOND_LOGITS, Answers
 from cakd_cli.teachers.memory import TeacherMemory
+from cakd_cli.teachers.recorder import Recorder
+from cakd_cli.teachers.table import AnswerTable, upload
 
 Answered = Generator[tuple[Batch, Answers], None, None]
 
@@ -26,19 +27,15 @@ _WINDOW_BYTES = 4 * 2**20
 class Answering(Protocol):
     """Whoever answers: a network in one of its forms, or anything else."""
 
-    def answer(self, images: Tensor) -> Answers:
-        """Map uint8 images (batch, channels, height, width) to float32 answers by name, without gradient."""
+    def answer(self, batch: Batch) -> Answers:
+        """Answer about a batch, by its images or by the numbers of its samples and views.
+
+        Returns:
+            float32 answers by name, without gradient, where the images are.
+        """
 
     def close(self) -> None:
         """Let go of what it holds."""
-
-
-class _Unwritten(NamedTuple):
-    """Answers on their way from the device."""
-
-    views: Tensor
-    rows: Tensor
-    arrived: torch.Event
 
 
 class AnswerSource:
@@ -50,9 +47,10 @@ class AnswerSource:
         device: Where batches and answers live.
         note: Takes a line for the user when the memory is in trouble.
         batch_size: Images of a full batch; the batches given may end with a smaller one.
+        table: Whether the device holds the memory's answers too, once they have been met.
 
     Attributes:
-        asked: Images that the teacher was shown.
+        asked: Images that the teacher was asked about.
         remembered: Images that it need not be shown.
     """
 
@@ -63,6 +61,8 @@ class AnswerSource:
         device: torch.device,
         note: Callable[[str], None],
         batch_size: int = 1,
+        *,
+        table: bool = False,
     ) -> None:
         self._teacher = teacher
         self.memory = memory
@@ -70,7 +70,9 @@ class AnswerSource:
         self._note = note
         self._batch_size = batch_size
         self._noted: set[str] = set()
-        self._unwritten: list[_Unwritten] = []
+        self._table = AnswerTable(memory, device) if table and memory is not None else None
+        # On the CPU a thread has no core of its own: it made small steps slower, not faster.
+        self._recorder = Recorder(self._record) if table or device.type != "cpu" else None
         self._side: torch.cuda.Stream | None = None
         self.asked = 0
         self.remembered = 0
@@ -85,12 +87,15 @@ class AnswerSource:
         """Close the memory's files, and let the teacher go."""
         self._teacher.close()
         if self.memory is not None:
-            self.memory.close()
+            try:
+                self.flush()
+            finally:
+                self.memory.close()
 
     def beside(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
         """Yield each batch with the teacher's answers in float32, by name.
 
-        What was recorded is on disk, or on its way there, when the last batch has been yielded.
+        What the teacher was asked has been recorded when the last batch has been yielded.
         """
         if self.memory is None:
             yield from self._live(batches, watch)
@@ -112,7 +117,7 @@ class AnswerSource:
         for batch in batches:
             self.asked += len(batch.labels)
             with watch("teacher"):
-                answers = self._teacher.answer(batch.images)
+                answers = self._teacher.answer(batch)
             yield batch, answers | self._second(batch, watch)
 
     def _second(self, batch: Batch, watch: Stopwatch) -> Answers:
@@ -121,7 +126,7 @@ class AnswerSource:
             return {}
         self.asked += len(batch.labels)
         with watch("teacher"):
-            return {SECOND_LOGITS: self._teacher.answer(batch.strong)[LOGITS]}
+            return {SECOND_LOGITS: self._teacher.answer(_unnamed(batch.strong))[LOGITS]}
 
     def _ahead(self, batches: Iterator[Batch], watch: Stopwatch) -> Answered:
         """Ask on a stream of its own, a batch ahead of the student, so that both may fill the device."""
@@ -137,7 +142,7 @@ class AnswerSource:
                 side.wait_stream(main)
                 with torch.cuda.stream(side):
                     with watch("teacher"):
-                        answers = self._teacher.answer(batch.images)
+                        answers = self._teacher.answer(batch)
                     answers |= self._second(batch, watch)
                 # Both cross streams: their memory may be used again only when the other stream is done with it.
                 for images in (batch.images, batch.strong):
@@ -154,22 +159,20 @@ class AnswerSource:
             before = ahead
 
     def _remembered(self, window: list[Batch], memory: TeacherMemory) -> Tensor:
-        self._write_arrived(memory)
         views_N = torch.cat([batch.views for batch in window if batch.views is not None])
-        stored_ND, known_N = memory.recall(views_N)
+        rows_ND, known_N = self._recall(views_N, memory)
         unknown_N = (~known_N).nonzero().squeeze(1)
         self.asked += len(unknown_N)
         self.remembered += len(views_N) - len(unknown_N)
-        rows_ND = self._to_device(stored_ND)
         if len(unknown_N):
             images = torch.cat([batch.images for batch in window])
-            chosen_N = self._to_device(unknown_N)
+            chosen_N = upload(unknown_N, self._device)
             # A run that goes on may begin with the incomplete batch, which its first start asked about among others.
             size = max(self._batch_size, len(window[0].labels))
             fresh_ND = self._ask_in_batches(images[chosen_N], size, memory)
             # What a later run will read is what this one uses.
             rows_ND[chosen_N] = memory.rounded(fresh_ND)
-            self._write(memory, views_N[unknown_N], fresh_ND)
+            self._keep(views_N[unknown_N], fresh_ND.to(memory.identity.dtype))
         self._say_troubles(memory)
         return rows_ND
 
@@ -180,7 +183,8 @@ class AnswerSource:
         """
         missing = -len(images) % size
         filled = functional.pad(images, [0] * 7 + [missing])
-        return torch.cat([memory.pack(self._teacher.answer(part)) for part in filled.split(size)])[: len(images)]
+        parts = [memory.pack(self._teacher.answer(_unnamed(part))) for part in filled.split(size)]
+        return torch.cat(parts)[: len(images)]
 
     def _say_troubles(self, memory: TeacherMemory) -> None:
         """Say each kind of trouble once: the run goes on as if the memory had known less."""
@@ -193,31 +197,39 @@ class AnswerSource:
                 self._noted.add(kind)
                 self._note(f"teacher memory: {text}")
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return to_device(tensor, self._device)
+    def _recall(self, views_N: Tensor, memory: TeacherMemory) -> tuple[Tensor, Tensor]:
+        """Look up answers, for the device, and which are known."""
+        if self._table is not None:
+            return self._table.recall(views_N)
+        rows_ND, known_N = memory.recall(views_N)
+        return upload(rows_ND, self._device), known_N
 
-    def _write(self, memory: TeacherMemory, views: Tensor, rows: Tensor) -> None:
-        if self._device.type != "cuda":
-            memory.record(views, rows.cpu())
-            return
-        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        on_host.copy_(rows, non_blocking=True)
-        arrived = torch.Event(self._device)
-        arrived.record()
-        self._unwritten.append(_Unwritten(views, on_host, arrived))
+    def _keep(self, views_N: Tensor, rows_ND: Tensor) -> None:
+        if self._table is not None:
+            self._table.put(views_N, rows_ND)
+        if self._recorder is not None:
+            self._recorder.give(views_N, rows_ND)
+        else:
+            self._record(views_N, rows_ND)
 
-    def _write_arrived(self, memory: TeacherMemory) -> None:
-        while self._unwritten and self._unwritten[0].arrived.query():
-            views, rows, _ = self._unwritten.pop(0)
-            memory.record(views, rows)
+    def _record(self, views_N: Tensor, rows_ND: Tensor) -> None:
+        """Take answers that have arrived on the host."""
+        assert self.memory is not None
+        if self._table is not None:
+            self._table.confirm(views_N, rows_ND)
+        self.memory.record(views_N, rows_ND)
 
     def flush(self) -> None:
-        """Record what is still on its way from the device."""
-        if self.memory is not None and self._unwritten:
-            self._unwritten[-1].arrived.synchronize()
-            self._write_arrived(self.memory)
+        """Wait until all that the teacher was asked has been recorded."""
+        if self.memory is not None:
+            if self._recorder is not None:
+                self._recorder.flush()
+            self._say_troubles(self.memory)
+
+
+def _unnamed(images: Tensor) -> Batch:
+    """Make a batch of images of which nothing else is known."""
+    return Batch(images, torch.full((len(images),), -1, device=images.device))
 
 
 def _windows(batches: Iterator[Batch]) -> Iterator[list[Batch]]:

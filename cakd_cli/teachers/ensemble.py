@@ -18,10 +18,16 @@ from cakd_cli.models.layers import LOGITS
 from cakd_cli.options import Options, mistakes
 from cakd_cli.teachers.classes import ClassMap
 from cakd_cli.teachers.hub import HubTeacher
+from cakd_cli.teachers.logits_file import LogitsTeacher
 from cakd_cli.teachers.network import RunTeacher, Teacher, load_network
 from cakd_cli.teachers.onnx_file import OnnxTeacher
+from cakd_cli.teachers.probe import ProbeTeacher
+from cakd_cli.teachers.zero_shot import ZeroShotTeacher
 
-OneTeacher = Annotated[RunTeacher | HubTeacher | OnnxTeacher | ModelOptions, Field(discriminator="type")]
+OneTeacher = Annotated[
+    RunTeacher | HubTeacher | OnnxTeacher | LogitsTeacher | ProbeTeacher | ZeroShotTeacher | ModelOptions,
+    Field(discriminator="type"),
+]
 
 
 class EnsembleTeacher(Options):
@@ -41,6 +47,10 @@ class EnsembleTeacher(Options):
         if self.weights and len(self.weights) != len(self.members):
             wrong = f"there are {len(self.members)} members and {len(self.weights)} weights"
             raise mistakes([(("weights",), wrong)], self)
+        for place, member in enumerate(self.members):
+            if isinstance(member, LogitsTeacher):
+                wrong = "is a file of logits, which answers alone; average the files into one"
+                raise mistakes([(("members", place), wrong)], self)
         return self
 
 

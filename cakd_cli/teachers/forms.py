@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from cakd_cli.data import Batch
 from cakd_cli.errors import HardwareError, RecipeError, first_line
 from cakd_cli.machine import compiling
 from cakd_cli.machine.hardware import Hardware
@@ -83,8 +84,12 @@ class Form:
                 f"the teacher cannot be compiled: {first_line(error)}", hint="engine.teacher_form=folded"
             ) from error
 
+    def answer(self, batch: Batch) -> Answers:
+        """Answer about the images of a batch."""
+        return self.answers_to(batch.images)
+
     @torch.no_grad()
-    def answer(self, images: Tensor) -> Answers:
+    def answers_to(self, images: Tensor) -> Answers:
         """Map uint8 images (batch, channels, height, width) to float32 answers by name, without gradient."""
         with self._hardware.autocast(), self._compiler():
             answers: Answers = self._answer(self._normalise(images).to(self._dtype))
@@ -147,7 +152,7 @@ def fastest_form(
     """
     with contextlib.ExitStack() as stack:
         plain = stack.enter_context(contextlib.closing(Form(teacher, "plain", hardware)))
-        plain.answer(images)  # the first call of a kernel is not like the others
+        plain.answers_to(images)  # the first call of a kernel is not like the others
         seconds = {"plain": _seconds(plain, images, hardware)}
         expected = seconds["plain"] / len(images) * asks
         if expected < WORTH_MEASURING_SECONDS or plain_alone(teacher):
@@ -170,15 +175,15 @@ def _forms_that_agree(
 ) -> tuple[dict[str, Form], list[str]]:
     """Make the forms of these names whose answers agree, and say why the others are left out."""
     with contextlib.closing(Form(teacher, "plain", hardware.full_precision())) as form:
-        exact = form.answer(images)
+        exact = form.answers_to(images)
     with contextlib.closing(Form(teacher, "plain", hardware)) as form:
-        bar = max(_SLACK * _distance(form.answer(images), exact), _FLOOR)
+        bar = max(_SLACK * _distance(form.answers_to(images), exact), _FLOOR)
     forms: dict[str, Form] = {}
     refused = []
     for name in names:
         try:
             form = Form(teacher, name, hardware)
-            distance = _distance(form.answer(images), exact)
+            distance = _distance(form.answers_to(images), exact)
         except Exception as error:
             if name == "compiled" and asked_for:
                 raise HardwareError(
@@ -215,7 +220,7 @@ def _fold(model: nn.Module) -> nn.Module:
 def _seconds(form: Form, images: Tensor, hardware: Hardware) -> float:
     hardware.wait()
     started = time.perf_counter()
-    form.answer(images)
+    form.answers_to(images)
     hardware.wait()
     return time.perf_counter() - started
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cakd_cli.data import ImageDataSet
 from cakd_cli.errors import InputError
+from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import hub
 from cakd_cli.teachers.network import Found, TeacherSpec, of_hub
 
@@ -29,7 +30,7 @@ class HubTeacher(TeacherSpec):
     def missing_file(self) -> str | None:
         return None if hub.is_here(self.name) else f"{self.label}, from the Hugging Face hub"
 
-    def find(self, data: ImageDataSet, *, fetch: bool) -> Found:
+    def find(self, data: ImageDataSet, hardware: Hardware, *, fetch: bool) -> Found:
         folder = hub.snapshot(self.name, fetch=fetch)
         config = hub.read_config(folder)
         if config is None:

@@ -101,9 +101,14 @@ class Identity:
         return self.samples * self.per_sample
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        return DTYPES[self.stored]
+
+    @property
     def row_bytes(self) -> int:
         """Size of an answer in bytes."""
-        return self.width * DTYPES[self.stored].itemsize
+        return self.width * self.dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
@@ -260,7 +265,7 @@ class TeacherMemory:
         found_K, rows_KW, damaged = self._look_up(views_B.numpy())
         self.damaged += damaged
         found = torch.from_numpy(found_K)
-        answers_KD = torch.from_numpy(rows_KW.view(f"f{DTYPES[self.identity.stored].itemsize}")).float()
+        answers_KD = torch.from_numpy(rows_KW.view(f"f{self.identity.dtype.itemsize}")).float()
         known_B = torch.zeros(len(views_B), dtype=torch.bool).index_fill_(0, found, True)
         if len(found) == len(views_B):
             return answers_KD, known_B
@@ -280,7 +285,7 @@ class TeacherMemory:
 
     def rounded(self, answers_BD: Tensor) -> Tensor:
         """Round answers to what the memory would give back; what it cannot hold stays as it is."""
-        stored = answers_BD.to(DTYPES[self.identity.stored]).float()
+        stored = answers_BD.to(self.identity.dtype).float()
         return torch.where(stored.isfinite(), stored, answers_BD)
 
     def record(self, views_B: Tensor, answers_BD: Tensor) -> None:
@@ -294,8 +299,9 @@ class TeacherMemory:
         """
         if self.stopped:
             return
-        stored_BD = answers_BD.to(DTYPES[self.identity.stored])
-        finite = stored_BD.isfinite().all(1).numpy().nonzero()[0]
+        stored_BD = answers_BD.to(self.identity.dtype)
+        # By NumPy: where another thread records, torch would start as many again as there are cores.
+        finite = np.isfinite(stored_BD.numpy()).all(1).nonzero()[0]
         views, first = np.unique(views_B.numpy()[finite], return_index=True)
         try:
             with self._locked():

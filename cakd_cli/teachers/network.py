@@ -35,6 +35,7 @@ class Found:
         class_names: In the order of its logits; none where they are not known.
         input_size: Channels, height and width of the images that it was made for; none where any will do.
         facts: What its own run recorded; may be empty.
+        notes: What a user should know of how it was found.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Found:
     class_names: tuple[str, ...] | None = None
     input_size: tuple[int, int, int] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class TeacherSpec(Options):
@@ -64,11 +66,12 @@ class TeacherSpec(Options):
         """Say what would be downloaded before it can be read; none if all is here."""
         return None
 
-    def find(self, data: ImageDataSet, *, fetch: bool) -> Found:
+    def find(self, data: ImageDataSet, hardware: Hardware, *, fetch: bool) -> Found:
         """Read it.
 
         Args:
             data: What it will be asked about; a file that does not say how images are normalised is given the data's.
+            hardware: Where, if anything is to be computed.
             fetch: Whether anything may be downloaded.
 
         Raises:
@@ -87,7 +90,7 @@ class RunTeacher(TeacherSpec):
     def label(self) -> str:
         return self.path
 
-    def find(self, data: ImageDataSet, *, fetch: bool) -> Found:
+    def find(self, data: ImageDataSet, hardware: Hardware, *, fetch: bool) -> Found:
         folder = Path(self.path).expanduser()
         if folder.is_file():
             raise weights_alone(folder, self.path)
@@ -146,8 +149,14 @@ class Teacher:
         """Return the same teacher that answers with these layers as well.
 
         Raises:
-            RecipeError: If it lacks one of them.
+            RecipeError: If it lacks one of them, or is to give maps of classes that are not the data's.
         """
+        if self.mapped is not None and any(tap.form == "class maps" for tap in taps):
+            raise RecipeError(
+                f"the teacher {self.name} tells other classes apart than those of {data.name}, and the loss compares "
+                "maps of each class",
+                hint="take a teacher of these classes, or a loss on logits alone, as --loss dkd",
+            )
         example = data.input.example(hardware.device)
         own = data.num_classes if self.mapped is None else self.mapped.total
         found = locate(self.model, taps, own, example, name=f"the teacher {self.name}")
@@ -166,7 +175,9 @@ def load_network(
 
     Arguments and errors are those of :func:`cakd_cli.teachers.load_teacher`.
     """
-    found = _of_library(spec, data, fetch=fetch) if isinstance(spec, ModelSpec) else spec.find(data, fetch=fetch)
+    found = (
+        of_library(spec, data, fetch=fetch) if isinstance(spec, ModelSpec) else spec.find(data, hardware, fetch=fetch)
+    )
     teacher = fit(found, data, class_map)
     for parameter in teacher.model.parameters():
         parameter.requires_grad_(False)
@@ -195,7 +206,7 @@ def fit(found: Found, data: ImageDataSet, class_map: ClassMap | None = None) -> 
     total = count_logits(found.model, torch.zeros(1, *size), name)
     mapped = map_classes(found.class_names, total, data, class_map, teacher=name)
     resized = size[1:] if size != shown else None
-    notes = []
+    notes = [*found.notes]
     if resized is not None:
         notes.append(f"{name} sees images of {_size(size)}, resized from {_size(shown)}")
     if mapped is not None:
@@ -218,7 +229,8 @@ def fit(found: Found, data: ImageDataSet, class_map: ClassMap | None = None) -> 
     )
 
 
-def _of_library(spec: ModelSpec, data: ImageDataSet, *, fetch: bool) -> Found:
+def of_library(spec: ModelSpec, data: ImageDataSet, *, fetch: bool) -> Found:
+    """Take a network of a recipe's ``model:``; one with published weights answers about the classes of these."""
     if not (isinstance(spec, ExternalSpec) and spec.pretrained):
         model = initial_network(spec, data.input.example(), data.num_classes, fetch=fetch)
         return Found(model, data.mean, data.std, spec.label, spec.architecture)

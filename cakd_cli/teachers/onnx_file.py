@@ -77,7 +77,7 @@ class OnnxTeacher(TeacherSpec):
     def label(self) -> str:
         return f"onnx:{self.path}"
 
-    def find(self, data: ImageDataSet, *, fetch: bool) -> Found:
+    def find(self, data: ImageDataSet, hardware: Hardware, *, fetch: bool) -> Found:
         path = Path(self.path).expanduser()
         session, sha256 = _opened(path)
         told = _metadata(session, path)
@@ -136,7 +136,7 @@ class OnnxTeacher(TeacherSpec):
             raise RecipeError(
                 f"{self.label} answers {len(images)} images with {shape} numbers, not a logit for each class"
             )
-        looks_so = _are_probabilities(answers_NC)
+        looks_so = are_probabilities(answers_NC)
         if looks_so and not self.probabilities:
             raise RecipeError(
                 f"{self.label} answers with probabilities: of {len(images)} images they are in [0, 1] and sum to one",
@@ -293,7 +293,8 @@ def _are_shares(answers_NC: Tensor) -> bool:
     return bool(((answers_NC >= 0) & (answers_NC <= 1 + _SLACK)).all())
 
 
-def _are_probabilities(answers_NC: Tensor) -> bool:
+def are_probabilities(answers_NC: Tensor) -> bool:
+    """Whether all numbers are in [0, 1] and those of each sample sum to one, but for rounding."""
     return _are_shares(answers_NC) and bool(((answers_NC.sum(1) - 1).abs() <= _SLACK).all())
 
 

@@ -28,6 +28,8 @@ def weights_alone(path: Path, given: str) -> InputError:
             f"{given} is a file, and no network", hint="a trained network is named by the folder of its run"
         )
     state = read_state(path)
+    if {*state} == {"logits"}:
+        return InputError(f"{given} holds logits, and no network", hint=f"--teacher logits:{given}")
     return InputError(
         f"{given} holds weights, and does not say of which network",
         hint=f"name both: --teacher {_likely(path.stem, state)} teacher.weights={given}",

@@ -11,6 +11,7 @@ from cakd_cli.bench.plain import PlainLoop
 from cakd_cli.engine.build import read_inputs
 from cakd_cli.engine.choices import decide
 from cakd_cli.losses import Lesson
+from cakd_cli.machine.hardware import Hardware
 from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers.forms import Form
 from tests.conftest import some_daily
@@ -53,6 +54,18 @@ def test_rates_ratios_and_shares(cakd, quick):
     text = cakd("bench", *WORDS, "loss=kd", "--against", "plain").out
     for word in ("images/s", "to plain", "of peak", "peak memory", "teacher live", "memory warm", "backward"):
         assert word in text
+
+
+@pytest.mark.parametrize("made_up", [False, True])
+def test_what_is_remembered_is_on_the_device_as_in_a_run(monkeypatch, made_up):
+    choices = decide(read_inputs(resolve([*WORDS, "engine.teacher_memory=off"], {"loss": "kd"})))
+    for free, tables in ((None, [False, False]), (10**9, [False, True])):
+        monkeypatch.setattr(Hardware, "free_bytes", lambda machine, free=free: free)
+        jobs = [module._job(choices, warm=warm, made_up=made_up) for warm in (False, True)]
+
+        assert [job.source._table is not None for job in jobs] == tables
+        for job in jobs:
+            job.close()
 
 
 def test_the_memory_is_warm_when_the_rounds_begin(cakd, quick, monkeypatch):

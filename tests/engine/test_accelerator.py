@@ -62,7 +62,7 @@ def test_what_is_kept_is_what_the_teacher_says(make_trainer):
     for batch in batches:
         kept, known = answers.memory.recall(batch.views)
         assert known.all()
-        said = answers.memory.pack(answers._teacher.answer(batch.images))
+        said = answers.memory.pack(answers._teacher.answer(batch))
         torch.testing.assert_close(kept, said.cpu(), rtol=1e-3, atol=1e-3)
 
 

@@ -127,8 +127,8 @@ def test_averaged_maps_have_more_digits_than_half(recipe):
     wide = inputs.teacher.with_taps((Tap(""), Tap("layer2", "map")), inputs.data, inputs.hardware)
     averaged = inputs.teacher.with_taps((Tap("layer2"),), inputs.data, inputs.hardware)
 
-    assert not forms.loses_digits_in_half(Form(wide, "plain", inputs.hardware).answer(images))
-    assert forms.loses_digits_in_half(Form(averaged, "plain", inputs.hardware).answer(images))
+    assert not forms.loses_digits_in_half(Form(wide, "plain", inputs.hardware).answers_to(images))
+    assert forms.loses_digits_in_half(Form(averaged, "plain", inputs.hardware).answers_to(images))
 
 
 def test_room_that_another_form_has_taken_counts_only_where_it_may_be_used(recipe, monkeypatch):

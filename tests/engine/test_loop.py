@@ -38,7 +38,7 @@ def make_trainer(toy_file, toy_teacher, tmp_path):
         words = ("engine.precision=fp32", "engine.device=cpu", *words)
         choices = decide(read_inputs(resolve(list(words), defaults | flags)))
         inputs, recipe = choices.inputs, choices.recipe
-        job = make_job(inputs, recipe, make_source(inputs, recipe, Silent().note))
+        job = make_job(inputs, recipe, make_source(inputs, recipe, Silent().note, table=choices.table))
         run = RunDirectory.open(tmp_path / f"run{len(opened)}", resume=False, overwrite=False)
         opened.append(run)
         trainer = Trainer(job, run, Silent(), StopRequest())
@@ -92,11 +92,15 @@ def test_the_loop_is_a_plain_pytorch_loop(make_trainer):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("engine.teacher_memory=off",), ("engine.teacher_memory=ram", "engine.ema_decay=0.9", "optimizer={type: adamw}")],
-    ids=["sgd", "adamw ema memory"],
+    ("words", "free"),
+    [
+        (("engine.teacher_memory=off",), None),
+        (("engine.teacher_memory=ram", "engine.ema_decay=0.9", "optimizer={type: adamw}"), None),
+        (("engine.teacher_memory=disk",), 10**9),
+    ],
+    ids=["sgd", "adamw ema memory", "memory on the device"],
 )
-def test_no_step_waits_for_the_device(make_trainer, monkeypatch, words):
+def test_no_step_waits_for_the_device(make_trainer, monkeypatch, words, free):
     """On an accelerator every .item(), .tolist() and truth value is a wait: one a logging interval at the most."""
     calls = []
 
@@ -113,7 +117,9 @@ def test_no_step_waits_for_the_device(make_trainer, monkeypatch, words):
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    monkeypatch.setattr(hardware.Hardware, "free_bytes", lambda machine: free)
     trainer = make_trainer("engine.log_interval=3", *words)
+    assert (trainer.source._table is not None) == bool(free)
     calls.clear()
 
     trainer.train_epoch()

@@ -130,9 +130,9 @@ def test_a_teacher_answers_on_one_stream_a_batch_ahead_in_all_epochs(monkeypatch
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
 
-    def answer(images):
+    def answer(batch):
         log.append(f"{streams[-1].name} answers")
-        return {LOGITS: images.float().mean((2, 3))}
+        return {LOGITS: batch.images.float().mean((2, 3))}
 
     teacher = SimpleNamespace(answer=answer)
     source = AnswerSource(teacher, None, torch.device("cuda"), print)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.optimize import minimize
 
-from cakd_cli.evaluation.probe import _fitted
+from cakd_cli.models.linear import fit_linear
 from tests.conftest import write_tensors_file
 
 
@@ -45,7 +45,7 @@ def test_the_optimum_is_scipys():
     features_ND = torch.randn(200, 6, generator=generator)
     labels_N = (features_ND @ torch.randn(6, 3, generator=generator)).argmax(1)
 
-    classifier = _fitted(features_ND, labels_N, 3, penalty=0.01)
+    classifier = fit_linear(features_ND, labels_N, 3, penalty=0.01)
 
     def loss(flat: np.ndarray) -> float:
         weight, bias = flat[:18].reshape(3, 6), flat[18:]

@@ -56,7 +56,7 @@ def images_of(data):
 
 
 def logits_of(teacher, images, form="plain"):
-    return Form(teacher, form, CPU).answer(images)["logits"]
+    return Form(teacher, form, CPU).answers_to(images)["logits"]
 
 
 def own_logits(folder, images):

@@ -79,7 +79,7 @@ def test_an_ensemble_takes_the_faster_forms(networks, form, combine):
     teacher = Teacher(ensemble(networks, combine), *OWN, "two", "two", "", {LOGITS: (10,)})
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
 
-    plain, folded = (Form(teacher, name, CPU).answer(images) for name in ("plain", form))
+    plain, folded = (Form(teacher, name, CPU).answers_to(images) for name in ("plain", form))
 
     assert forms._distance(folded, plain) < 1e-5
 

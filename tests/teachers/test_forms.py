@@ -41,21 +41,21 @@ def test_folding_changes_rounding_only(images, name, form):
     teacher = used_teacher(name, FP32)
     plain, folded = Form(teacher, "plain", FP32), Form(teacher, form, FP32)
 
-    expected, found = plain.answer(images), folded.answer(images)
+    expected, found = plain.answers_to(images), folded.answers_to(images)
 
     assert forms._distance(found, expected) < 1e-5
     kinds = [type(layer) for layer in folded._model.modules()]
     assert kinds.count(torch.nn.BatchNorm2d) < [type(x) for x in teacher.model.modules()].count(torch.nn.BatchNorm2d)
     # The teacher itself is as it was.
-    assert torch.equal(plain.answer(images)[LOGITS], expected[LOGITS])
+    assert torch.equal(plain.answers_to(images)[LOGITS], expected[LOGITS])
 
 
 @pytest.mark.parametrize("form", ["folded", "folded-bf16", "folded-fp32", "folded-nchw"])
 def test_forms_of_a_bf16_run_are_as_exact_as_its_plain_form(images, form):
     teacher = used_teacher("resnet20", BF16)
-    exact = Form(teacher, "plain", FP32).answer(images)
-    plain = forms._distance(Form(teacher, "plain", BF16).answer(images), exact)
-    answers = Form(teacher, form, BF16).answer(images)
+    exact = Form(teacher, "plain", FP32).answers_to(images)
+    plain = forms._distance(Form(teacher, "plain", BF16).answers_to(images), exact)
+    answers = Form(teacher, form, BF16).answers_to(images)
 
     assert answers[LOGITS].dtype == torch.float32
     assert forms._distance(answers, exact) < 2 * plain

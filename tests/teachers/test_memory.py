@@ -26,6 +26,7 @@ from cakd_cli.recipe.resolve import resolve
 from cakd_cli.teachers import memory as teacher_memory
 from cakd_cli.teachers.answers import AnswerSource
 from cakd_cli.teachers.memory import Identity, TeacherMemory
+from cakd_cli.teachers.recorder import Recorder
 from tests.conftest import train_toy
 
 CPU = torch.device("cpu")
@@ -298,12 +299,14 @@ WIDE = dataclasses.replace(IDENTITY, samples=2000, answers=(("logits", (60,)), (
 
 
 def fill_for_ever(seed, home):
+    """Record, in this thread or in one beside it."""
     os.environ["CAKD_HOME"] = home
     memory = TeacherMemory.open(WIDE, FACTS)
+    keep = memory.record if seed == 1 else Recorder(memory.record).give
     generator = torch.Generator().manual_seed(seed)
     while True:
         views = torch.randint(WIDE.rows, (64,), generator=generator)
-        memory.record(views, truth(views, 100))
+        keep(views, truth(views, 100))
 
 
 def test_two_processes_that_fill_at_once_and_are_killed_leave_only_whole_answers(home):
@@ -360,9 +363,9 @@ class Asked:
     def __init__(self):
         self.images = 0
 
-    def answer(self, images):
-        self.images += shown(images)
-        return {LOGITS: images.float().mean((1, 2, 3))[:, None].expand(-1, 5).contiguous()}
+    def answer(self, batch):
+        self.images += shown(batch.images)
+        return {LOGITS: batch.images.float().mean((1, 2, 3))[:, None].expand(-1, 5).contiguous()}
 
     def close(self): ...
 
@@ -421,9 +424,9 @@ def test_an_incomplete_batch_alone_is_asked_about_as_it_was_among_others(toy_fil
     sizes = []
 
     class Noting(Asked):
-        def answer(self, images):
-            sizes.append(len(images))
-            return super().answer(images)
+        def answer(self, batch):
+            sizes.append(len(batch.images))
+            return super().answer(batch)
 
     source = AnswerSource(Noting(), TeacherMemory.open(identity, FACTS), CPU, print, 64)
     ((batch, answers),) = source.beside(iter([last]), Stopwatch(CPU))
@@ -458,8 +461,10 @@ def test_six_students_of_one_teacher_ask_once_per_view(toy_file, toy_teacher, tm
     from cakd_cli.teachers.forms import Form
 
     asked = []
-    original = Form.answer
-    monkeypatch.setattr(Form, "answer", lambda self, images: (asked.append(shown(images)), original(self, images))[1])
+    original = Form.answers_to
+    monkeypatch.setattr(
+        Form, "answers_to", lambda self, images: (asked.append(shown(images)), original(self, images))[1]
+    )
     counts = []
     for loss in ("kd", "dkd", "cakd"):
         for seed in (0, 1):

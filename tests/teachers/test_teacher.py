@@ -88,7 +88,7 @@ def test_each_network_gets_its_own_normalisation(data):
     student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     batch = next(data.train.train_batches(batch_size=8, seed=0, epoch=0, start=0, device=torch.device("cpu")))
 
-    answers = Form(teacher, "plain", CPU).answer(batch.images)
+    answers = Form(teacher, "plain", CPU).answer(batch)
     task = Task(student, [KDTerm()], data, CPU, teacher)
     task(batch, answers, [KDTerm()], 1)
 

@@ -188,6 +188,7 @@ class FileSplit(Split):
         self, files: Files, spec: "FileDataSpec", index_N: Tensor, decoded: DecodedImages | None = None
     ) -> None:
         self.files = files
+        self.samples = len(files)
         self._spec = spec
         self.index_N = index_N
         self._decoded = decoded

@@ -29,6 +29,7 @@ class MixedSplit(Split):
 
     def __init__(self, split: Split, mix: Mix, alpha: float) -> None:
         self._split, self._mix, self._alpha = split, mix, alpha
+        self.samples = split.samples
 
     @property
     def views(self) -> None:
