@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cakd_cli.data import Batch, ImageDataSet, MemorySplit, MixedSplit
 from cakd_cli.engine.distributed import ALONE, Ranks, is_launched, synchronise_batch_norms
+from cakd_cli.engine.reuse import own_model, reuse_classifier
 from cakd_cli.engine.task import Task, taps, teacher_looks
 from cakd_cli.errors import HardwareError, InputError, RecipeError
 from cakd_cli.losses import Term
@@ -90,7 +91,7 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
     number = ranks.local if ranks.count > 1 else None
     machine = choose_hardware(engine.device, engine.precision, channels_last=engine.channels_last, number=number)
     spec, why = recipe.data.without_auto(ranks.local_count)
-    recipe = recipe.model_copy(update={"data": spec})
+    recipe = recipe.model_copy(update={"data": spec, "model": own_model(recipe)})
     missing = _to_fetch(recipe)
     _check_ranks(recipe, ranks)
     with ranks.one_first(fetch and bool(missing)):
@@ -100,6 +101,7 @@ def read_inputs(recipe: Recipe, *, fetch: bool = True, ranks: Ranks = ALONE) -> 
         if teacher is not None:
             recipe = recipe.model_copy(update={"loss": _between(recipe.loss, student, teacher)})
             teacher = teacher.with_taps(taps(teacher_looks(recipe.loss)), data, machine)
+            recipe = recipe.model_copy(update={"model": reuse_classifier(recipe, student, teacher, data)})
     ranks.check_alike(images=dict(data.fingerprints), training_images=len(data.train), precision=machine.precision)
     reasons = {**machine.reasons, **{f"data.{key}": reason for key, reason in (why | dict(data.reasons)).items()}}
     if data.left_out:
@@ -190,6 +192,12 @@ def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise RecipeError(
             f"optimizer.delta is {recipe.delta:g}, and two momenta are for one process; this run has {ranks.count}",
             hint="start it without torchrun, or set optimizer.delta=0",
+        )
+    whole = [f"loss.{number}: {term.type}" for number, term in enumerate(recipe.loss) if term.of_whole_weights]
+    if ranks.count > 1 and recipe.engine.parallel == "fsdp" and whole:
+        raise RecipeError(
+            f"{whole[0]} needs the student's weights whole, and each of {ranks.count} processes holds a share of them",
+            hint="set engine.parallel=ddp",
         )
     parts = ranks.count * recipe.engine.gradient_accumulation
     if recipe.engine.batch_size % parts:

@@ -53,7 +53,7 @@ class Optimizer:
     ) -> None:
         self._recipe, self._ranks = recipe, ranks
         self.steps_per_epoch = steps_per_epoch
-        self._whole = dict(task.named_parameters())
+        self._whole = {name: weight for name, weight in task.named_parameters() if weight.requires_grad}
         self.parameters = {name: _own_parameter(parameter) for name, parameter in self._whole.items()}
         self.torch_optimizer = make_optimizer(recipe.optimizer, list(self.parameters.values()))
         self._of_teacher = OwnMomentum(self.parameters, recipe) if recipe.delta else None

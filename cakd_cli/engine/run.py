@@ -278,7 +278,7 @@ def _write(trainer: Trainer, facts: dict[str, Any]) -> None:
     job, directory = trainer.job, trainer.run
     recipe, data, student = job.recipe, job.data, job.task.student
     if recipe.engine.parallel == "fsdp":
-        student = recipe.model.build(in_channels=data.input.shape[0], num_classes=data.num_classes)
+        student = recipe.model.network(in_channels=data.input.shape[0], num_classes=data.num_classes)
         student.load_state_dict(trainer.best_state)
     facts["images_per_second"] = [line["images_per_second"] for line in directory.metrics()]
     saved = saving.SavedModel(

@@ -113,7 +113,7 @@ class Task(nn.Module):
         if teacher is None:
             return Shapes(student, {}, labels_N=labels_N, num_classes=data.num_classes)
         theirs = {look: teacher.shapes[name] for look, name in self._teacher_names.items()}
-        weight, bias = _classifier(teacher)
+        weight, bias = classifier_of(teacher)
         norms = {look: _norm_before(teacher, look) for look in theirs if look.form == "preactivation"}
         return Shapes(student, theirs, weight, bias, labels_N, norms, data.num_classes)
 
@@ -220,7 +220,7 @@ def _make_modules(terms: Sequence[Term], shapes: Shapes) -> nn.ModuleDict:
     return modules
 
 
-def _classifier(teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
+def classifier_of(teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of the teacher's classifier, if its input is looked at."""
     for tap in teacher.taps:
         linear = teacher.model.get_submodule(tap.layer)

@@ -20,7 +20,7 @@ from cakd_cli.losses.decoupled_kl import GKLTerm, IKLTerm, gkl, ikl
 from cakd_cli.losses.decoupling import Decoupling, decouple, two_groups
 from cakd_cli.losses.features.activation_boundaries import ABTerm, activation_boundaries
 from cakd_cli.losses.features.attention import ATTerm, at
-from cakd_cli.losses.features.class_attention import cat_kd
+from cakd_cli.losses.features.class_attention import CATKDTerm, cat_kd
 from cakd_cli.losses.features.contrastive import CRDTerm, crd
 from cakd_cli.losses.features.correlation_aware import CAKDFeaturesTerm
 from cakd_cli.losses.features.correlation_congruence import CCTerm, cc
@@ -33,7 +33,7 @@ from cakd_cli.losses.features.masked_generation import MGDTerm, mgd
 from cakd_cli.losses.features.neuron_selectivity import NSTTerm, nst
 from cakd_cli.losses.features.overhaul import OFDTerm, ofd
 from cakd_cli.losses.features.relational import RKDTerm, rkd
-from cakd_cli.losses.features.reused_classifier import sim_kd
+from cakd_cli.losses.features.reused_classifier import SimKDTerm, sim_kd
 from cakd_cli.losses.features.review import ReviewKDTerm, review_kd
 from cakd_cli.losses.features.similarity import PKTTerm, SPTerm, pkt, sp
 from cakd_cli.losses.features.singular_values import KDSVDTerm, kdsvd
@@ -74,7 +74,15 @@ from cakd_cli.losses.normalized import NKDTerm, nkd
 from cakd_cli.losses.ranks import hard_rank, hard_spearman, soft_rank, soft_spearman
 from cakd_cli.losses.refined import RLDTerm, rld, rld_step
 from cakd_cli.losses.relational import DISTTerm, dist
-from cakd_cli.losses.scale_decoupled import sdd_dkd, sdd_kd, sdd_nkd, sdd_regions
+from cakd_cli.losses.scale_decoupled import (
+    SDDDKDTerm,
+    SDDKDTerm,
+    SDDNKDTerm,
+    sdd_dkd,
+    sdd_kd,
+    sdd_nkd,
+    sdd_regions,
+)
 from cakd_cli.losses.sorted_logits import SortDKDTerm, SortKDTerm, sort_dkd, sort_kd
 from cakd_cli.losses.standardisation import lskd_dkd, lskd_kd
 from cakd_cli.losses.supervised import CrossEntropyTerm, cross_entropy
@@ -112,6 +120,9 @@ LossOptions = Annotated[
     | SortDKDTerm
     | CRLDTerm
     | SLDTerm
+    | SDDKDTerm
+    | SDDDKDTerm
+    | SDDNKDTerm
     | FitNetTerm
     | ATTerm
     | SPTerm
@@ -128,7 +139,9 @@ LossOptions = Annotated[
     | ReviewKDTerm
     | SemCKDTerm
     | SRRLTerm
-    | MGDTerm,
+    | MGDTerm
+    | CATKDTerm
+    | SimKDTerm,
     Field(discriminator="type"),
 ]
 
@@ -148,6 +161,7 @@ __all__ = [
     "ATTerm",
     "CAKDFeaturesTerm",
     "CAKDTerm",
+    "CATKDTerm",
     "CCTerm",
     "CMKDTerm",
     "CRDTerm",
@@ -185,11 +199,15 @@ __all__ = [
     "RLDTerm",
     "ReverseKLTerm",
     "ReviewKDTerm",
+    "SDDDKDTerm",
+    "SDDKDTerm",
+    "SDDNKDTerm",
     "SLDTerm",
     "SPTerm",
     "SRRLTerm",
     "SemCKDTerm",
     "Shapes",
+    "SimKDTerm",
     "SortDKDTerm",
     "SortKDTerm",
     "TTMTerm",

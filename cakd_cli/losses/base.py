@@ -37,14 +37,15 @@ class Look(NamedTuple):
 
     Attributes:
         layer: Name of a module, or ``stage2`` for the second stage of a network that names its stages; empty for the
-            input of the linear classifier.
+            input of the linear classifier, or the map that it is the average of.
         form: ``vector`` (batch, elements), averaged over positions or tokens; ``map`` as the layer gives it;
             ``preactivation``, a stage's map before its last activation; ``importance`` (batch, elements), how much each
-            element speaks for the predicted class.
+            element speaks for the predicted class; ``class maps`` (batch, classes, height, width), the network's own
+            classifier at every position of the map, without its bias.
     """
 
     layer: str = ""
-    form: Literal["vector", "map", "preactivation", "importance"] = "vector"
+    form: Literal["vector", "map", "preactivation", "importance", "class maps"] = "vector"
 
 
 class Needs(NamedTuple):
@@ -138,6 +139,9 @@ class Term(Options):
 
     # Whether it looks at the student's logits, and so trains its classifier.
     of_logits: ClassVar[bool] = True
+    # Whether its gradient reaches weights of the student otherwise than through its logits and the layers before them,
+    # so that a process must hold them whole.
+    of_whole_weights: ClassVar[bool] = False
     # Which part each weight is of, where parts of a term are weighed.
     weighs: ClassVar[Mapping[str, str]] = {}
     # Parts without a weight of their own that an adaptive weight compares its part with as well.

@@ -59,9 +59,7 @@ def rld(
         student_BC, teacher_BC = standardise(student_BC), standardise(teacher_BC)
     label_BC = two_groups(grouping.label(teacher_BC, target_B))
     # Swapped, the teacher's largest probability stands where the label is.
-    sure = decouple(
-        student_BC, swapped(teacher_BC, target_B), label_BC, num_groups=2, temperature=alpha_temperature
-    )
+    sure = decouple(student_BC, swapped(teacher_BC, target_B), label_BC, num_groups=2, temperature=alpha_temperature)
     above_BC = two_groups(teacher_BC >= teacher_BC.gather(1, target_B.unsqueeze(1)))
     ranked = decouple(student_BC, teacher_BC, above_BC, num_groups=2, temperature=temperature)
     scd = alpha_temperature**2 * sure.between_B.mean()

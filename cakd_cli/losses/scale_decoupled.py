@@ -4,15 +4,19 @@ Shape suffixes: B batch, C classes, N regions, R rows of the batch times regions
 """
 
 from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cakd_cli.losses import grouping
-from cakd_cli.losses.base import LossOutput
+from cakd_cli.losses.base import Lesson, LossOutput, Objectives
 from cakd_cli.losses.decoupling import decouple, two_groups
+from cakd_cli.losses.features.layers import ClassMapsTerm
 from cakd_cli.losses.logits import check_target, kl, soften
+from cakd_cli.options import mistakes
 
 
 def sdd_regions(
@@ -42,9 +46,14 @@ def sdd_regions(
             "needs a map (batch, channels, height, width) and a classifier of its channels, "
             f"got {tuple(features_BDHW.shape)} and {tuple(weight_CD.shape)}"
         )
-    finest_BDHW = functional.adaptive_avg_pool2d(features_BDHW, max(scales))
+    return functional.linear(_means(features_BDHW, scales).transpose(1, 2), weight_CD, bias_C).transpose(1, 2)
+
+
+def _means(map_BDHW: Tensor, scales: Sequence[int]) -> Tensor:
+    """Average a map over the regions of every scale: (batch, channels, regions)."""
+    finest_BDHW = functional.adaptive_avg_pool2d(map_BDHW, max(scales))
     pooled = [functional.adaptive_avg_pool2d(finest_BDHW, scale).flatten(2) for scale in scales]
-    return functional.linear(torch.cat(pooled, dim=2).transpose(1, 2), weight_CD, bias_C).transpose(1, 2)
+    return torch.cat(pooled, dim=2)
 
 
 def region_weights(teacher_BCN: Tensor, target_B: Tensor) -> Tensor:
@@ -147,3 +156,85 @@ def _rows(
 def _weighed(name: str, loss_R: Tensor, teacher_BCN: Tensor, target_B: Tensor) -> LossOutput:
     total = (region_weights(teacher_BCN, target_B).flatten() * loss_R).mean()
     return LossOutput(total, {name: total})
+
+
+class _RegionsTerm(ClassMapsTerm):
+    """A term on the logits of regions of the image."""
+
+    scales: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
+        (1, 2, 4), strict=False, min_length=1, description="regions to a side, the whole image first"
+    )
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> Self:
+        if self.scales[0] != 1:
+            raise mistakes([(("scales",), f"must begin with 1, the whole image; got {list(self.scales)}")], self)
+        return self
+
+    @property
+    def takes_several_labels(self) -> bool:
+        """No: a region counts twice where it contradicts the whole image about the label."""
+        return False
+
+    def regions(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """Give both networks' logits (batch, classes, regions), as :func:`sdd_regions` does."""
+        assert lesson.teacher_BC is not None, "a recipe with a distillation term and without a teacher is refused"
+        student_BCHW, teacher_BCHW = self.class_maps(lesson)
+        return self._logits(student_BCHW, lesson.student_BC), self._logits(teacher_BCHW, lesson.teacher_BC)
+
+    def _logits(self, maps_BCHW: Tensor, logits_BC: Tensor) -> Tensor:
+        # Class maps lack the classifier's bias, which is what the logits have beside their average.
+        bias_BC = logits_BC - maps_BCHW.mean((2, 3))
+        return _means(maps_BCHW, self.scales) + bias_BC.unsqueeze(2)
+
+
+class SDDKDTerm(_RegionsTerm):
+    """KD of every region of the image, those that contradict the whole twice."""
+
+    paper = "Wei et al. 2024, CVPR, arXiv 2403.13512"
+    formula = "T^2 mean_regions w KL(p_t, p_s),  w = 2 where a region contradicts the whole about the label, else 1"
+    objectives: ClassVar[Objectives] = {
+        "sdd-kd": ({"type": "cross-entropy", "weight": 0.1}, {"type": "sdd-kd", "weight": 0.9})
+    }
+
+    type: Literal["sdd-kd"] = "sdd-kd"
+    temperature: float = Field(4.0, gt=0, le=1000, description="softening of both networks' logits")
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        return sdd_kd(*self.regions(lesson), lesson.target_B, temperature=self.temperature)
+
+
+class SDDDKDTerm(_RegionsTerm):
+    """DKD of every region of the image, those that contradict the whole twice."""
+
+    paper = "Wei et al. 2024, CVPR, arXiv 2403.13512"
+    formula = "T^2 mean_regions w (alpha TCKD + beta NCKD)"
+    # The paper has beta 2, 6 or 8, as DKD of the pair.
+    objectives: ClassVar[Objectives] = {
+        "sdd-dkd": ({"type": "cross-entropy"}, {"type": "sdd-dkd", "warmup_epochs": "auto"})
+    }
+
+    type: Literal["sdd-dkd"] = "sdd-dkd"
+    temperature: float = Field(4.0, gt=0, le=1000, description="softening of both networks' logits")
+    alpha: float = Field(1.0, ge=0, description="weight of the label against the rest")
+    beta: float = Field(8.0, ge=0, description="weight inside the rest")
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        return sdd_dkd(
+            *self.regions(lesson), lesson.target_B, temperature=self.temperature, alpha=self.alpha, beta=self.beta
+        )
+
+
+class SDDNKDTerm(_RegionsTerm):
+    """NKD of every region of the image, those that contradict the whole twice."""
+
+    paper = "Wei et al. 2024, CVPR, arXiv 2403.13512"
+    formula = "mean_regions w (-p_t(y) log p_s(y) - gamma T^2 sum p_t log p_s)"
+    objectives: ClassVar[Objectives] = {"sdd-nkd": ({"type": "cross-entropy"}, {"type": "sdd-nkd"})}
+
+    type: Literal["sdd-nkd"] = "sdd-nkd"
+    temperature: float = Field(1.0, gt=0, le=1000, description="softening in the second part")
+    gamma: float = Field(1.5, ge=0, description="weight of the second part, over all classes")
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        return sdd_nkd(*self.regions(lesson), lesson.target_B, temperature=self.temperature, gamma=self.gamma)

@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import nn
 
+from cakd_cli.models.ends import ReusedClassifier, with_end
 from cakd_cli.options import Options
 
 
@@ -21,6 +22,12 @@ class ModelSpec(Options):
         "none = fresh weights",
     )
 
+    end: ReusedClassifier | None = Field(
+        None,
+        exclude_if=lambda end: end is None,
+        description="what stands between the last map and the logits; a run with --loss simkd sets it itself",
+    )
+
     def build(self, *, in_channels: int, num_classes: int) -> nn.Module:
         """Make the network with fresh weights; it maps (batch, in_channels, height, width) to (batch, num_classes).
 
@@ -28,6 +35,18 @@ class ModelSpec(Options):
             RecipeError: If the network does not exist or cannot take such images.
         """
         raise NotImplementedError
+
+    def network(self, *, in_channels: int, num_classes: int) -> nn.Module:
+        """Make the whole network with fresh weights, with what a method has put at its end.
+
+        Raises:
+            RecipeError: As of :meth:`build`, or if it has not what the end takes the place of.
+        """
+        return self.ended(self.build(in_channels=in_channels, num_classes=num_classes), num_classes)
+
+    def ended(self, network: nn.Module, num_classes: int) -> nn.Module:
+        """Put at the end of what :meth:`build` made what belongs there."""
+        return network if self.end is None else with_end(network, self.end, num_classes, name=self.label)
 
     @property
     def label(self) -> str:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cakd_cli import __version__
-from cakd_cli.models import TimmSpec
 from cakd_cli.models.base import num_parameters
 from cakd_cli.models.preprocessing import Preprocessing
 
@@ -31,6 +30,7 @@ def model_card(saved: "SavedModel") -> str:
         f"- input: {_in_words(shown)}",
         "- output: one logit a class"
         + ("; an image may have several labels, so each class is decided by itself" if saved.several_labels else ""),
+        *_end(saved),
         f"- loss: {facts.get('loss', 'unknown')}",
         *_origin(facts),
     ]
@@ -48,6 +48,12 @@ def model_card(saved: "SavedModel") -> str:
     return "\n".join([*lines, "", *_use(saved), "", "```python", _script(shown), "```", ""])
 
 
+def _end(saved: "SavedModel") -> list[str]:
+    if saved.spec.end is None:
+        return []
+    return ["- end: three convolutions, then the linear classifier of the teacher (SimKD, arXiv 2203.14001)"]
+
+
 def _origin(facts: Mapping[str, Any]) -> list[str]:
     """Say who taught it, where that one's weights are from, and that nobody stated a licence."""
     if "teacher" not in facts:
@@ -63,7 +69,7 @@ def _origin(facts: Mapping[str, Any]) -> list[str]:
 def _use(saved: "SavedModel") -> list[str]:
     """Say who reads the folder, and what an exported file says of itself."""
     reads = "cakd reads this folder (`cakd eval FOLDER --data DATA`, `cakd predict FOLDER IMAGE`, `--teacher FOLDER`)"
-    if isinstance(saved.spec, TimmSpec):
+    if saved.of_timm:
         reads += ', and so does timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`'
     return [
         f"{reads}.",
@@ -79,7 +85,7 @@ def _front_matter(saved: "SavedModel") -> dict[str, Any]:
     facts = saved.facts
     test = facts.get("metrics", {}).get("test", {})
     front: dict[str, Any] = {
-        "library_name": "timm" if isinstance(saved.spec, TimmSpec) else "cakd",
+        "library_name": "timm" if saved.of_timm else "cakd",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "cakd"] + (["knowledge-distillation"] if "teacher" in facts else []),
     }

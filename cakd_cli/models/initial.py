@@ -24,7 +24,11 @@ def initial_network(spec: ModelSpec, example: Tensor, num_classes: int, *, fetch
         InputError: If its weights are missing or do not fit.
         RecipeError: If there is no such network, or it cannot take such images.
     """
-    sizes = {"in_channels": example.shape[1], "num_classes": num_classes}
+    return spec.ended(_own_network(spec, example.shape[1], num_classes, fetch=fetch), num_classes)
+
+
+def _own_network(spec: ModelSpec, in_channels: int, num_classes: int, *, fetch: bool) -> nn.Module:
+    sizes = {"in_channels": in_channels, "num_classes": num_classes}
     pretrained = isinstance(spec, ExternalSpec) and spec.pretrained
     if isinstance(spec, ExternalSpec) and pretrained and spec.weights is None:
         return spec.published(**sizes) if fetch else spec.build(**sizes)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,24 @@ class Tap:
     """A layer, and the form in which it is wanted.
 
     Attributes:
-        layer: Name of a module or of a stage; empty for the classifier that :func:`locate` finds, whose input is meant.
+        layer: Name of a module or of a stage; empty for the classifier that :func:`locate` finds, whose input is meant:
+            as a vector, or the map that it is the average of.
         form: ``vector`` (batch, elements): a map (channels, height, width) is averaged over its positions, tokens
             (tokens, channels) over the tokens, in float32. ``map``: as the layer gives it. ``importance`` (batch,
             elements): how much each element speaks for the predicted class: gradient times activation, where positive,
             averaged as the vector is. Grad-CAM (arXiv 1610.02391) averages the gradient first; taken place by place, as
             HiResCAM (arXiv 2011.08891) does, it tells where an element matters. ``preactivation``: a stage's map before
-            its last activation; :func:`locate` makes a map of it.
+            its last activation; :func:`locate` makes a map of it. ``class maps`` (batch, classes, height, width): the
+            classifier at every position of the map that it sees the average of, without its bias (CAM, arXiv
+            1512.04150).
         of_input: Whether the module's input is meant, not its output.
+        classifier: Of class maps, the module that makes them; :func:`locate` finds it.
     """
 
     layer: str = ""
-    form: Literal["vector", "map", "importance", "preactivation"] = "vector"
+    form: Literal["vector", "map", "importance", "preactivation", "class maps"] = "vector"
     of_input: bool = False
+    classifier: str = ""
 
     def __str__(self) -> str:
         """Name of the answer, as a person says it."""
@@ -50,9 +55,17 @@ class Tap:
         return ("input of " if self.of_input else "") + self.layer + suffix
 
     @property
-    def place(self) -> tuple[str, bool]:
+    def place(self) -> "_Place":
         """Where in the network the values come from."""
-        return self.layer, self.of_input
+        return _Place(self.layer, self.of_input, self.classifier)
+
+
+class _Place(NamedTuple):
+    """The output or the input of a layer; or what a classifier makes of the output."""
+
+    layer: str
+    of_input: bool = False
+    classifier: str = ""
 
 
 class Tapped(nn.Module):
@@ -71,19 +84,21 @@ class Tapped(nn.Module):
         self.network = network
         self.taps = tuple(dict.fromkeys(taps))
         self._places = tuple(dict.fromkeys(tap.place for tap in self.taps))
-        self._captured: dict[tuple[str, bool], Tensor] = {}
+        self._captured: dict[_Place, Tensor] = {}
         self._capturing = False
         self._handles: list[RemovableHandle] = []
         self._add_hooks()
 
     def _add_hooks(self) -> None:
         for place in self._places:
-            layer, of_input = place
-            module = self.network.get_submodule(layer)
-            if of_input:
+            module = self.network.get_submodule(place.layer)
+            if place.of_input:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(place)))
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(place)))
+            if place.classifier:
+                classifier = self.network.get_submodule(place.classifier)
+                self._handles.append(classifier.register_forward_hook(self._classifier_hook(place)))
 
     def close(self) -> None:
         """Remove the hooks; the network itself is as it was."""
@@ -92,15 +107,27 @@ class Tapped(nn.Module):
 
     # Functions, not methods: who copies the network beneath must not copy this one with it.
 
-    def _input_hook(self, place: tuple[str, bool]) -> Callable[..., tuple[Any, ...]]:
+    def _input_hook(self, place: _Place) -> Callable[..., tuple[Any, ...]]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (self._capture(place, inputs[0]), *inputs[1:])
 
         return hook
 
-    def _output_hook(self, place: tuple[str, bool]) -> Callable[..., Tensor]:
+    def _output_hook(self, place: _Place) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             return self._capture(place, output)
+
+        return hook
+
+    def _classifier_hook(self, place: _Place) -> Callable[..., None]:
+        def hook(linear: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not self._capturing:
+                return
+            values = self._captured[place]
+            if values.shape[1] != linear.in_features:
+                raise RuntimeError(f"it has {values.shape[1]} channels, and the classifier takes {linear.in_features}")
+            maps = linear.forward(values.movedim(1, -1))
+            self._captured[place] = (maps if linear.bias is None else maps - linear.bias).movedim(-1, 1)
 
         return hook
 
@@ -112,10 +139,10 @@ class Tapped(nn.Module):
         finally:
             self._add_hooks()
 
-    def _capture(self, place: tuple[str, bool], value: Tensor) -> Tensor:
+    def _capture(self, place: _Place, value: Tensor) -> Tensor:
         if not self._capturing:
             return value
-        if Tap(place[0], "importance", place[1]) in self.taps and not value.requires_grad:
+        if Tap(place.layer, "importance", place.of_input) in self.taps and not value.requires_grad:
             value = value.detach().requires_grad_()
         self._captured[place] = value
         # What follows may work in place.
@@ -128,7 +155,7 @@ class Tapped(nn.Module):
         logits_BC, captured = self._run(images)
         return {LOGITS: logits_BC.float(), **{str(tap): _formed(captured[tap.place], tap) for tap in self.taps}}
 
-    def _run(self, images: Tensor) -> tuple[Tensor, dict[tuple[str, bool], Tensor]]:
+    def _run(self, images: Tensor) -> tuple[Tensor, dict[_Place, Tensor]]:
         self._captured = {}
         self._capturing = True
         try:
@@ -160,7 +187,7 @@ class Tapped(nn.Module):
 
 
 def _formed(value: Tensor, tap: Tap) -> Tensor:
-    return value.float() if tap.form == "map" else pooled(value.float())
+    return value.float() if tap.form in ("map", "class maps") else pooled(value.float())
 
 
 def pooled(value: Tensor) -> Tensor:
@@ -211,7 +238,7 @@ def locate(network: nn.Module, taps: Sequence[Tap], num_classes: int, example: T
                 shape = tuple(probe(example)[str(tap)].shape[1:])
         except (RuntimeError, AttributeError, TypeError) as error:
             raise RecipeError(f"layer '{tap.layer}' of {name} cannot be tapped: {first_line(error)}") from error
-        if tap.form == "map" and len(shape) != 3:
+        if tap.form in ("map", "class maps") and len(shape) != 3:
             size = " x ".join(map(str, shape))
             raise RecipeError(
                 f"layer '{tap.layer}' of {name} gives {size} numbers an image, not a map",
@@ -223,6 +250,10 @@ def locate(network: nn.Module, taps: Sequence[Tap], num_classes: int, example: T
 
 
 def _with_module(network: nn.Module, tap: Tap, num_classes: int, name: str) -> Tap:
+    if tap.form == "class maps":
+        tap = replace(tap, classifier=find_classifier(network, num_classes, name=name))
+    if not tap.layer and tap.form in ("map", "class maps"):
+        tap = replace(tap, layer=averaged_map(network, name))
     if not tap.layer:
         return replace(tap, layer=find_classifier(network, num_classes, name=name), of_input=True)
     modules = dict(network.named_modules())
@@ -245,6 +276,24 @@ def stages(network: nn.Module) -> dict[str, str]:
         children = dict(network.named_children())
         names = tuple(name for name in ("layer1", "layer2", "layer3", "layer4") if name in children)
     return {f"stage{number}": str(layer) for number, layer in enumerate(names, 1)}
+
+
+def averaged_map(network: nn.Module, name: str) -> str:
+    """Name the module whose output is averaged into the input of the classifier.
+
+    cakd's own networks that go on after their last stage name it in ``averaged``; elsewhere it is the last stage.
+
+    Raises:
+        RecipeError: If the network does not tell.
+    """
+    last = getattr(network, "averaged", None) or next(reversed(stages(network).values()), None)
+    if last is None:
+        raise RecipeError(
+            f"{name} does not tell which map its classifier sees the average of",
+            hint="cakd's own networks and ResNets do; cat-kd and sdd-* take its name: "
+            "layer={student: layer4, teacher: layer4}",
+        )
+    return str(last)
 
 
 def preactivation(network: nn.Module, stage: str, name: str) -> tuple[str, str]:

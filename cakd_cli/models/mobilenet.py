@@ -57,6 +57,7 @@ class MobileNetV2(nn.Module):
         ("blocks.4", "blocks.4.2.conv.7"),
         ("blocks.6", "blocks.6.0.conv.7"),
     )
+    averaged = "conv2"
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()

@@ -47,6 +47,11 @@ class SavedModel:
     facts: Mapping[str, Any]
 
     @property
+    def of_timm(self) -> TimmSpec | None:
+        """The network as timm makes it; none if timm cannot read it."""
+        return self.spec if isinstance(self.spec, TimmSpec) and self.spec.end is None else None
+
+    @property
     def several_labels(self) -> bool:
         """Whether an image may have several labels, so that each class is decided by itself."""
         return "map" in self.facts.get("metrics", {}).get("test", {})
@@ -89,13 +94,14 @@ def config(saved: SavedModel) -> dict[str, Any]:
     classifier = [name for name, module in saved.model.named_modules() if isinstance(module, nn.Linear)]
     heads = [module for module in saved.model.modules() if isinstance(module, nn.Linear)]
     shown = saved.preprocessing
-    architecture = saved.spec.name if isinstance(saved.spec, TimmSpec) else f"cakd_{saved.spec.label.replace(':', '_')}"
+    timm = saved.of_timm
+    architecture = timm.name if timm else f"cakd_{saved.spec.label.replace(':', '_')}"
     return {
         "architecture": architecture,
         "num_classes": len(saved.class_names),
         "num_features": heads[-1].in_features if heads else None,
         "label_names": list(saved.class_names),
-        "model_args": {"in_chans": shown.input_size[0]} if isinstance(saved.spec, TimmSpec) else {},
+        "model_args": {"in_chans": shown.input_size[0]} if timm else {},
         "pretrained_cfg": {
             "input_size": list(shown.input_size),
             "mean": list(shown.mean),
@@ -145,7 +151,7 @@ def read(folder: Path) -> SavedModel:
     """
     spec, names, shown, facts = read_config(folder)
     state = read_state(folder / "model.safetensors")
-    model = spec.build(in_channels=shown.input_size[0], num_classes=len(names))
+    model = spec.network(in_channels=shown.input_size[0], num_classes=len(names))
     load_state(model, state, source=str(folder / "model.safetensors"))
     recorded = facts.get("weights_hash")
     if recorded is not None and recorded != weights_hash(state):

@@ -138,6 +138,8 @@ class HalvingBlock(nn.Module):
 class ShuffleNetV2(nn.Module):
     """Stem, three stages that halve, head, global average pool, linear classifier."""
 
+    averaged = "relu"
+
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = _pointwise(in_channels, _STEM)
@@ -149,6 +151,7 @@ class ShuffleNetV2(nn.Module):
             width = channels
         self.conv2 = _pointwise(width, _V2_HEAD)
         self.bn2 = nn.BatchNorm2d(_V2_HEAD)
+        self.relu = nn.ReLU(inplace=True)
         self.linear = nn.Linear(_V2_HEAD, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -156,7 +159,7 @@ class ShuffleNetV2(nn.Module):
         x = functional.relu(self.bn1(self.conv1(images)))
         for number in range(1, len(_V2) + 1):
             x = self.get_submodule(f"layer{number}")(x)
-        x = functional.relu(self.bn2(self.conv2(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
         return cast(Tensor, self.linear(x.mean((2, 3))))
 
 

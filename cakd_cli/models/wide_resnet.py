@@ -53,6 +53,7 @@ class WideResNet(nn.Module):
     # As the literature counts them, after the stem.
     stages = ("block1", "block2", "block3")
     preactivations = tuple((norm, norm) for norm in ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"))
+    averaged = "relu"
 
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class WideResNet(nn.Module):
         self.block2 = Stage(widths[1], widths[2], blocks, stride=2)
         self.block3 = Stage(widths[2], widths[3], blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
+        self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(widths[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -72,7 +74,7 @@ class WideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images (batch, channels, height, width) to logits (batch, classes)."""
         x = self.block3(self.block2(self.block1(self.conv1(images))))
-        x = functional.relu(self.bn1(x), inplace=True)
+        x = self.relu(self.bn1(x))
         return cast(Tensor, self.fc(x.mean((2, 3))))
 
 

@@ -5,21 +5,23 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.testing import assert_close
 
 from cakd_cli.losses import CrossEntropyTerm, KDTerm, Lesson, Look, Shapes, Weights
 from cakd_cli.losses.features import contrastive
-from cakd_cli.losses.features.class_attention import cat_kd, class_activation_maps
+from cakd_cli.losses.features.class_attention import CATKDTerm, cat_kd, class_activation_maps
 from cakd_cli.losses.features.contrastive import ContrastiveMemory, CRDTerm, crd
 from cakd_cli.losses.features.cross_layer import CrossLayerAttention, SemCKDTerm, layer_attention, sem_ckd
 from cakd_cli.losses.features.dense_relational import dist_dense
 from cakd_cli.losses.features.many_to_one import ManyToOne, norm, norm_beta1, norm_imagenet, norm_step
 from cakd_cli.losses.features.masked_generation import MaskedGeneration, MGDTerm, mgd, mgd_mask
 from cakd_cli.losses.features.overhaul import OFDTerm, ofd, ofd_margins
-from cakd_cli.losses.features.reused_classifier import ReusedClassifier, sim_kd
+from cakd_cli.losses.features.reused_classifier import sim_kd
 from cakd_cli.losses.features.review import ReviewFusion, ReviewKDTerm, review_kd
 from cakd_cli.losses.features.softmax_regression import ChannelConnector, SRRLTerm, srrl, srrl_pooled
 from cakd_cli.losses.relational import dist
+from cakd_cli.models.ends import Projection
 from tests.losses import reference
 
 # Whose deepest batch norms see two numbers a channel: their gradients are small differences of large ones.
@@ -375,17 +377,16 @@ def test_sim_kd_is_the_official_one(name, dtype):
     given = Given(name, dtype, {r"^cls_t": "!"})
     student, teacher = given["student"], given["teacher"]
     classifier = given.weight("cls_t.weight"), given.weight("cls_t.bias")
-    module = ReusedClassifier(student.shape[1:], teacher.shape[1:], *classifier, factor=given.params["factor"])
-    logits, projected = given.load(module)(student)
+    size = tuple(teacher.shape[2:]) if teacher.shape[2] < student.shape[2] else None
+    module = Projection(student.shape[1], teacher.shape[1], size, reduction=given.params["factor"])
+    projected = given.load(module)(student)
+    logits = functional.linear(projected.mean((2, 3)), *classifier)
 
     loss = sim_kd(projected, teacher)
 
     given.holds(loss.total, loss.parts, module)
     assert_close(logits, given.vectors.tensor(given.case["tensors"]["logits"], dtype))
     assert_close(projected, given.vectors.tensor(given.case["tensors"]["projected"], dtype))
-    # Of the state of the student, and not trained.
-    assert torch.equal(module.state_dict()["weight_CD"], classifier[0])
-    assert all("transfer" in parameter for parameter, _ in module.named_parameters())
 
 
 # SemCKD.
@@ -451,6 +452,26 @@ def test_class_activation_maps_average_to_the_logits():
     features, weight = draw(2, 3, 4, 4), draw(5, 3, seed=1)
 
     assert_close(class_activation_maps(features, weight).mean((2, 3)), features.mean((2, 3)) @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"cam_resolution": 2, "normalize": False}),
+        (
+            {"resolution": 3, "normalise": True, "binarise": True},
+            {"cam_resolution": 3, "normalize": True, "binarize": True},
+        ),
+    ],
+)
+def test_the_term_of_cat_kd_takes_its_settings(settings, expected):
+    term = CATKDTerm(**settings)
+    student, teacher = draw(2, 5, 4, 4), draw(2, 5, 6, 6, seed=1)
+
+    loss = term(lesson(term, [student], [teacher]))
+
+    assert_close(loss.total, cat_kd(student, teacher, **expected).total)
+    assert loss.parts.keys() == {"cat_kd"}
 
 
 @pytest.mark.parametrize(("strategy", "count"), [(0, 3), (1, 5)])
@@ -635,7 +656,7 @@ WRONG = {
     "review_kd levels": (lambda a, b: review_kd([a], [a, b]), MAP, MAP),
     "review_kd fusion": (lambda a, b: ReviewFusion([a.shape[1:]], [b.shape[1:]]), MAP, MAP),
     "sim_kd": (sim_kd, MAP, (2, 5, 4, 4)),
-    "sim_kd classifier": (lambda a, b: ReusedClassifier(a.shape[1:], a.shape[1:], b), MAP, (10, 5)),
+    "sim_kd reduction": (lambda a, b: Projection(a.shape[1], b.shape[1], reduction=6), MAP, (2, 5, 4, 4)),
     "sem_ckd": (layer_attention, (2, 3, 4), (2, 3, 5)),
     "cat_kd": (lambda a, b: cat_kd(a, b, cam_resolution=2, normalize=False), MAP, (2, 5, 4, 4)),
     "cat_kd maps": (class_activation_maps, MAP, (10, 5)),

@@ -224,6 +224,7 @@ def test_no_term_waits_for_the_device(term, several_labels):
         target = torch.nn.functional.one_hot(target, 10).bool() | (teacher > 3)
     maps, vectors = ((6, 8, 8), (6, 8, 8)), ((6,), (7,))
     sizes = {"map": maps, "preactivation": maps, "vector": vectors, "importance": vectors}
+    sizes["class maps"] = ((10, 8, 8), (10, 8, 8))
     mine, theirs = (
         {look: torch.randn(8, *sizes[look.form][i]).double() for look in looks}
         for i, looks in enumerate(term.needs[1:3])

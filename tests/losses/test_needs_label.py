@@ -23,6 +23,7 @@ def loss(term, target):
     student, teacher, student_strong, teacher_strong = torch.randn(4, 8, 10, generator=generator).double()
     maps, vectors = ((6, 8, 8), (6, 8, 8)), ((6,), (7,))
     sizes = {"map": maps, "preactivation": maps, "vector": vectors, "importance": vectors}
+    sizes["class maps"] = ((10, 8, 8), (10, 8, 8))
     mine, theirs = (
         {look: torch.randn(8, *sizes[look.form][i], generator=generator).double() for look in looks}
         for i, looks in enumerate(term.needs[1:3])
@@ -62,5 +63,5 @@ def test_both_kinds_are_there():
 
     assert needing == {
         *("cross-entropy", "dkd", "cakd", "cmkd", "nkd", "rld"),
-        *("sort-kd", "sort-dkd", "sld", "wkd-l", "crd", "ikl"),
+        *("sort-kd", "sort-dkd", "sld", "wkd-l", "crd", "ikl", "sdd-kd", "sdd-dkd", "sdd-nkd"),
     }

@@ -11,8 +11,18 @@ from cakd_cli.losses import Lesson, Shapes, dkd, kd, reverse_kl, standardise
 from cakd_cli.losses.alpha_beta import ABDivergenceTerm, ab
 from cakd_cli.losses.cross_view import crld_step
 from cakd_cli.losses.decoupled_kl import ClassPrior, GKLTerm, IKLTerm, gkl, ikl
+from cakd_cli.losses.features.class_attention import class_activation_maps
 from cakd_cli.losses.refined import RLDTerm, rld, rld_step
-from cakd_cli.losses.scale_decoupled import region_weights, sdd_dkd, sdd_kd, sdd_nkd, sdd_regions
+from cakd_cli.losses.scale_decoupled import (
+    SDDDKDTerm,
+    SDDKDTerm,
+    SDDNKDTerm,
+    region_weights,
+    sdd_dkd,
+    sdd_kd,
+    sdd_nkd,
+    sdd_regions,
+)
 from cakd_cli.losses.sorted_logits import SortDKDTerm, SortKDTerm, sort_dkd, sort_kd, sorted_logits
 from cakd_cli.losses.supervised import CrossEntropyTerm
 from cakd_cli.losses.swapped import sld_step, swapped
@@ -579,6 +589,39 @@ def test_regions_that_contradict_the_whole_image_weigh_twice():
     teacher = torch.tensor([[[3.0, 2.0, 0.0], [0.0, 1.0, 5.0]]]).expand(2, 2, 3)
 
     assert region_weights(teacher, torch.tensor([0, 1])).tolist() == [[1, 1, 2], [1, 1, 2]]
+
+
+@pytest.mark.parametrize("scales", [(1, 2, 4), (1, 3)])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SDDKDTerm, {"temperature": 3.0}),
+        (SDDDKDTerm, {"temperature": 3.0, "alpha": 2.0, "beta": 5.0}),
+        (SDDNKDTerm, {"temperature": 2.0, "gamma": 0.5}),
+    ],
+)
+def test_a_term_of_regions_needs_class_maps_and_logits_alone(kind, settings, scales):
+    generator = torch.Generator().manual_seed(0)
+    term, target = kind(scales=scales, **settings), torch.tensor([0, 1, 2])
+    logits, regions, maps = [], [], []
+    for channels, size in ((6, 5), (7, 8)):  # 5 does not divide
+        shapes = (3, channels, size, size), (4, channels), (4,)
+        features, weight, bias = (torch.randn(shape, generator=generator).double() for shape in shapes)
+        logits.append(features.mean((2, 3)) @ weight.T + bias)
+        regions.append(sdd_regions(features, weight, bias, scales=scales))
+        maps.append(class_activation_maps(features, weight))
+    layers = [{look: one} for (look,), one in zip(term.needs[1:3], maps, strict=True)]
+
+    loss = term(Lesson(*logits, target, *layers))
+
+    (function,) = (function for name, function in REGIONS.items() if name.replace("_", "") in kind.__name__)
+    assert_close(loss.total, function(*regions, target, **settings).total)
+
+
+@pytest.mark.parametrize("scales", [(2, 1), (), (1, 0)])
+def test_scales_begin_with_the_whole_image(scales):
+    with pytest.raises(ValidationError, match="scales"):
+        SDDKDTerm(scales=scales)
 
 
 # Terms.

@@ -87,6 +87,28 @@ def test_every_network_of_ours_names_its_stages(name):
 @pytest.mark.parametrize(
     "name",
     [
+        *("resnet8", "wrn-16-1", "vgg8", "mobilenet-v1", "mobilenet-v2", "mobilenet-v2-tiny-imagenet"),
+        *("shufflenet-v1", "shufflenet-v2", "torchvision:resnet18"),
+    ],
+)
+def test_class_maps_average_to_the_logits_without_their_bias(name):
+    network = resolve([], {"data": "digits", "model": name}).model.build(in_channels=3, num_classes=10).eval()
+    _make_lively(network)
+    found = locate(network, [Tap("", "class maps"), Tap("", "map")], 10, torch.zeros(1, 3, 32, 32), name="it")
+    classifier = network.get_submodule(found.taps[0].classifier)
+    nn.init.normal_(classifier.bias)
+    answers = Tapped(network, found.taps)(torch.randn(2, 3, 32, 32))
+    maps, features = (answers[str(tap)] for tap in found.taps)
+
+    assert maps.shape[1:] == found.shapes[str(found.taps[0])] == (10, *features.shape[2:])
+    assert_close(maps.mean((2, 3)) + classifier.bias, answers[LOGITS])
+    weight = classifier.weight.flatten(1)
+    assert_close(maps, torch.einsum("bdhw,cd->bchw", features, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         *("resnet8", "resnet8x4", "resnet18", "resnet34", "resnet50"),
         *("vgg8", "mobilenet-v1", "shufflenet-v1", "torchvision:resnet18"),
     ],
@@ -275,7 +297,7 @@ def test_a_folded_teacher_gives_the_same_features(form):
     teacher = replace(teacher, taps=found.taps, shapes=found.shapes)
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
 
-    plain, folded = (Form(teacher, name, CPU).answer(images) for name in ("plain", form))
+    plain, folded = (Form(teacher, name, CPU).answers_to(images) for name in ("plain", form))
 
     assert plain["input of fc"].shape == (4, 64)
     assert forms._distance(folded, plain) < 1e-5
@@ -289,6 +311,9 @@ def test_a_folded_teacher_gives_the_same_features(form):
         (Tap("layer9"), "it has no layer 'layer9'"),
         (Tap("unused"), "layer 'unused' of it cannot be tapped: a tapped layer was not used"),
         (Tap("pair"), "layer 'pair' of it cannot be tapped"),
+        (Tap("network.layer2", "class maps"), "cannot be tapped: it has 32 channels, and the classifier takes 64"),
+        (Tap("network.fc", "class maps"), "cannot be tapped: it has 10 channels, and the classifier takes 64"),
+        (Tap("", "class maps"), "it does not tell which map its classifier sees the average of"),
     ],
 )
 def test_layers_that_cannot_be_tapped(network, images, layer, message):
@@ -426,6 +451,28 @@ def test_a_learnt_temperature(cakd, words, tmp_path):
     assert temperatures[0] == pytest.approx(15.6, abs=0.1)
     assert len(set(temperatures)) == 4
     assert lines[0]["weights"]["1.ctkd.reversal"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "part"), [("cat-kd", "cat_kd"), pytest.param("sdd-dkd", "sdd_dkd", marks=pytest.mark.slow)]
+)
+def test_a_run_learns_from_class_maps(cakd, words, tmp_path, loss, part):
+    result = cakd(*words, "--loss", loss, "--out", tmp_path / "run", "optimizer.learning_rate=0.01")
+
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[1]["train"][part] < lines[0]["train"][part]
+    (row,) = cakd("teacher-memory", "list", "--json").document
+    assert row["says"] == "logits, layer3 as class maps"
+
+
+def test_class_maps_of_other_classes_cannot_be_compared(cakd, words, tmp_path):
+    (tmp_path / "map.yaml").write_text("class 0: 0\nclass 1: 2\nclass 2: 1\nclass 3: 3\n")
+
+    result = cakd(*words, "--loss", "cat-kd", f"class_map={tmp_path / 'map.yaml'}", "--out", tmp_path / "run")
+
+    assert (result.code, "tells other classes apart than those of" in result.err) == (3, True), result.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_fitnet_learns_from_maps(cakd, words, tmp_path):

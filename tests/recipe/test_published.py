@@ -169,7 +169,31 @@ EVERY_CIFAR100 = {
     "ofd": [HARD, entry("ofd", 0.001)],
     "fsp": [HARD, entry("fsp", 50)],
     "activation-boundaries": [HARD, entry("activation-boundaries")],
+    "simkd": [entry("simkd", reduction=2)],
+    "sdd-kd": [entry("cross-entropy", 0.1), entry("sdd-kd", 0.9, temperature=4)],
+    "sdd-dkd": [HARD, entry("sdd-dkd", alpha=1, beta=8, temperature=4, warmup_epochs=20)],
 }
+
+# Weight, resolution, and whether each channel is normalised.
+CAT_KD = {
+    "resnet32x4-resnet8x4": (15, 2, False),
+    "resnet110-resnet32": (1.8, 2, False),
+    "resnet56-resnet20": (0.7, 2, False),
+    "wrn-40-2-wrn-16-2": (12, 2, False),
+    "wrn-40-2-wrn-40-1": (1.5, 2, False),
+    "vgg13-vgg8": (4.5, 2, False),
+    "resnet32x4-shufflenet-v1": (600, 4, True),
+    "resnet32x4-shufflenet-v2": (600, 4, True),
+    "wrn-40-2-shufflenet-v1": (80, 4, True),
+    "resnet50-mobilenet-v2": (40, 2, True),
+    "vgg13-mobilenet-v2": (15, 2, True),
+}
+
+
+def cat_kd(pair):
+    weight, resolution, normalise = CAT_KD[pair]
+    return {"cat-kd": [HARD, entry("cat-kd", weight, resolution=resolution, normalise=normalise)]}
+
 
 GKL = {"alpha": 1, "beta": 16, "gamma": 0.05, "temperature": 4, "t2": 4, "class_prior": True}
 # What the sources state of one pair alone; of VGG13 -> VGG8 LSKD states the temperature, and its usual weight is 9.
@@ -219,7 +243,7 @@ TUNED = {
 }
 
 ROWS = (
-    {f"cifar100/{pair}": EVERY_CIFAR100 | of_cifar100(settings) for pair, settings in CIFAR100.items()}
+    {f"cifar100/{pair}": EVERY_CIFAR100 | of_cifar100(settings) | cat_kd(pair) for pair, settings in CIFAR100.items()}
     | {f"imagenet/{pair}": {"kd": HALF_KD, "dist": dist(temperature=1)} | row for pair, row in IMAGENET.items()}
     | {"imagenet/vit": VIT}
     | {f"{data}/{pair}": row for data in ("tiny-imagenet", "cub200") for pair, row in TUNED.items()}

@@ -1,19 +1,22 @@
 """CAT-KD: Guo et al., Class Attention Transfer Based Knowledge Distillation, arXiv 2304.12777.
 
-No term of a recipe: both networks are rebuilt so that a 1x1 convolution without bias on the last map, after its ReLU,
-gives a map a class, and their averages are the logits. The teacher's classifier becomes that convolution and loses its
-bias; the student's is trained, and a term does not know it. :func:`class_activation_maps` makes the maps.
+The authors rebuild both networks so that a 1x1 convolution without bias on the last map, after its ReLU, gives a map a
+class, and their averages are the logits. The term leaves the networks as they are: a map is what the network's own
+classifier, without its bias, makes of each position, so that the student's logits keep a bias that theirs have not.
 
 Shape suffixes: B batch, C classes, D channels, H and W height and width.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 from torch.nn import functional
 
-from cakd_cli.losses.base import LossOutput
+from cakd_cli.losses.base import Lesson, LossOutput, Objectives
+from cakd_cli.losses.features.layers import ClassMapsTerm
 from cakd_cli.losses.features.maps import check_maps, precise, to_size
 from cakd_cli.losses.features.pairs import unit
 from cakd_cli.losses.supervised import cross_entropy
@@ -107,3 +110,33 @@ def _kept(teacher_BC: Tensor, count: int, strategy: int) -> Tensor:
     place = count - 1 if strategy == 0 else classes - 1 - count
     edge_B1 = teacher_BC.sort(dim=1, descending=True).values[:, place, None]
     return torch.gt(teacher_BC, edge_B1) if strategy == 0 else torch.le(teacher_BC, edge_B1)
+
+
+class CATKDTerm(ClassMapsTerm):
+    """Class activation maps: where in an image each network sees each class."""
+
+    paper = "Guo et al. 2023, CVPR, arXiv 2304.12777"
+    formula = "mean (avg_size CAM_student - avg_size CAM_teacher)^2,  CAM = classifier at each position, without bias"
+    # The weight is that of ResNet32x4 and ResNet8x4 on CIFAR-100; other pairs have 0.7 to 12, or normalised maps.
+    objectives: ClassVar[Objectives] = {"cat-kd": ({"type": "cross-entropy"}, {"type": "cat-kd", "weight": 15.0})}
+    summaries: ClassVar[Mapping[str, str]] = {
+        "cat-kd": "Class activation maps: where in an image each network sees each class."
+    }
+
+    type: Literal["cat-kd"] = "cat-kd"
+    resolution: int = Field(2, ge=1, le=256, description="height and width to which the maps are averaged")
+    normalise: bool = Field(
+        False, description="bring each averaged map to length 1; the weight is then 15 to 600 in the paper"
+    )
+    binarise: bool = Field(
+        False, description="of the teacher's maps keep only where they are above the mean of their absolute values"
+    )
+
+    def __call__(self, lesson: Lesson, module: nn.Module | None = None) -> LossOutput:
+        output = cat_kd(
+            *self.class_maps(lesson),
+            cam_resolution=self.resolution,
+            normalize=self.normalise,
+            binarize=self.binarise,
+        )
+        return LossOutput(output.total, {"cat_kd": output.total})

@@ -105,3 +105,32 @@ class VectorsTerm(Term):
         """Count the elements of the student's and of the teacher's vector."""
         student, teacher = self.pair
         return shapes.student[student][0], shapes.teacher[teacher][0]
+
+
+class ClassMapsTerm(Term):
+    """A term on what each network's own classifier says at every position of its last map."""
+
+    of_whole_weights = True
+
+    layer: LayerPair | None = Field(
+        None,
+        description="the map of each network that its classifier sees the average of, by module name or stage; none = "
+        "the networks tell",
+    )
+
+    @property
+    def pair(self) -> tuple[Look, Look]:
+        """Where the term looks, in each network."""
+        student, teacher = ("", "") if self.layer is None else (self.layer.student, self.layer.teacher)
+        return Look(student, "class maps"), Look(teacher, "class maps")
+
+    @property
+    def needs(self) -> Needs:
+        """Class maps of each network."""
+        student, teacher = self.pair
+        return Needs(student_layers=(student,), teacher_layers=(teacher,))
+
+    def class_maps(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """Give the student's and the teacher's class maps (batch, classes, height, width)."""
+        student, teacher = self.pair
+        return lesson.student[student], lesson.teacher[teacher]
