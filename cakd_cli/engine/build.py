@@ -20,6 +20,7 @@ from cakd_cli.losses import Term
 from cakd_cli.machine.hardware import Hardware, choose_hardware
 from cakd_cli.machine.sharding import shard
 from cakd_cli.models.initial import check_takes, initial_network
+from cakd_cli.models.int8 import train_in_int8
 from cakd_cli.models.layers import stages
 from cakd_cli.recipe import class_map
 from cakd_cli.recipe.schema import Recipe
@@ -132,6 +133,8 @@ def _read_networks(
     torch.manual_seed(recipe.seed)
     student = initial_network(recipe.model, example, data.num_classes, fetch=fetch)
     check_takes(student, example, data.num_classes, recipe.model.label)
+    if recipe.engine.quantize == "int8":
+        train_in_int8(student, name=recipe.model.label)
     # After the probe, so that it draws no random numbers from the run.
     torch.manual_seed(recipe.seed)
     if recipe.teacher is None or not recipe.needs_teacher:
@@ -192,6 +195,12 @@ def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise RecipeError(
             f"optimizer.delta is {recipe.delta:g}, and two momenta are for one process; this run has {ranks.count}",
             hint="start it without torchrun, or set optimizer.delta=0",
+        )
+    if ranks.count > 1 and recipe.engine.quantize != "off":
+        raise RecipeError(
+            f"engine.quantize is {recipe.engine.quantize}, and one process measures the range of what it rounds; "
+            f"this run has {ranks.count}",
+            hint="start it without torchrun, or set engine.quantize=off",
         )
     whole = [f"loss.{number}: {term.type}" for number, term in enumerate(recipe.loss) if term.of_whole_weights]
     if ranks.count > 1 and recipe.engine.parallel == "fsdp" and whole:

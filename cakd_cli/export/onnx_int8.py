@@ -30,7 +30,7 @@ def quantise(original: Path, path: Path, images_NCHW: Tensor) -> None:
     """Write a float32 ONNX file with 8-bit weights and activations; inputs and outputs stay float32.
 
     A weight has one scale an output channel, an activation one scale and zero point, from the least and the largest
-    value that it took on the calibration images.
+    value that it took on the calibration images. Logits are not rounded. ``models/int8.py`` trains for these settings.
 
     Args:
         original: What :func:`onnx_file.write` wrote; its metadata are copied.
@@ -56,6 +56,8 @@ def quantise(original: Path, path: Path, images_NCHW: Tensor) -> None:
             # Weights of 7 bits: x86 without VNNI adds two products in 16 bits, which 8 would overflow.
             reduce_range=True,
             calibrate_method=quantization.CalibrationMethod.MinMax,
+            # No layer reads the logits: rounded to 256 values, the two largest would often be equal.
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
     metadata = {entry.key: entry.value for entry in onnx.load(original, load_external_data=False).metadata_props}
     model = onnx.load(path)

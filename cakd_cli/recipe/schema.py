@@ -94,6 +94,11 @@ class EngineOptions(Options):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the networks; losses are always fp32; fp16 scales them, where there is no bf16"
     )
+    quantize: Literal["off", "int8"] = Field(
+        "off",
+        description="int8: the student's layers round while it trains as cakd export --format onnx-int8 will; what is "
+        "validated and saved is the float32 network",
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="whether to compile the student's step; auto where the run is long enough to pay for it"
     )

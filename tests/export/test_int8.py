@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cakd_cli.engine import run_directory
 from cakd_cli.export import check, onnx_file, onnx_int8, write
 from cakd_cli.export.formats import FORMATS
-from cakd_cli.models import saving
+from cakd_cli.models import int8, saving
 from tests.conftest import train_toy, write_tensors_file
 
 onnx = pytest.importorskip("onnx")
@@ -78,6 +78,36 @@ def test_the_report_is_what_the_two_files_do(quantised, toy_file):
     assert report["drop"] == pytest.approx(report["before"]["top1"] - report["after"]["top1"])
     assert report["bytes"] == report["after"]["bytes"] < report["before"]["bytes"] / 2
     assert (report["samples"], report["calibration_images"], report["metric"]) == (64, 144, "top1")
+
+
+def test_training_rounds_weights_as_the_file_does(quantised):
+    """The file's batch norms are folded into its convolutions."""
+    run, _ = quantised
+    model, network = onnx.load(run / "model.int8.onnx"), saving.read(run).model
+    stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in model.graph.initializer}
+    layers = dict(network.named_modules())
+    norms = {"conv1": "bn1", "conv2": "bn2", "downsample.0": "downsample.1"}
+    found = [name for name in layers if f"{name}.weight_quantized" in stored]
+
+    assert len(found) == 10
+    for name in found:
+        rounded = int8.rounded_weight(layers[name].weight.detach())
+        norm = next((layers[name.removesuffix(c) + n] for c, n in norms.items() if name.endswith(c)), None)
+        if norm is not None:
+            rounded *= (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()[:, None, None, None]
+        integers, scale_C = stored[f"{name}.weight_quantized"], stored[f"{name}.weight_scale"]
+        expected = integers.float() * scale_C.reshape(-1, *(1 for _ in integers.shape[1:]))
+        # One integer apart where a weight lies in the middle between two.
+        assert ((rounded - expected).abs() > 1e-5 * expected.abs().max()).float().mean() < 0.001, name
+
+
+def test_logits_are_not_rounded(quantised):
+    """A file that rounds them gives 256 different numbers at most."""
+    run, _ = quantised
+    images = np.random.default_rng(0).normal(size=(512, 1, 8, 8)).astype(np.float32)
+
+    (logits,) = onnxruntime.InferenceSession(run / "model.int8.onnx").run(["logits"], {"images": images})
+    assert len(np.unique(logits)) > 256
 
 
 def test_metadata_are_those_of_the_float_file(quantised):
