@@ -256,6 +256,7 @@ def test_another_number_of_classes_is_said_with_both(cakd, box):
     assert "the weights are of a network of 100 classes, and the data has 4" in student.err
 
 
+@pytest.mark.slow
 def test_words_that_are_no_text(box):
     """Bytes of another encoding, as a shell passes them on."""
     command = [sys.executable, "-m", "cakd_cli", "eval", b"caf\xe9", "--json"]

@@ -255,6 +255,7 @@ def test_recipes_are_listed_shown_and_copied(cakd, tmp_path, monkeypatch):
     assert (again.code, "student.yaml exists" in again.err) == (4, True)
 
 
+@pytest.mark.slow
 def test_two_small_networks_by_three_losses_on_a_folder_and_back(cakd, tmp_path):
     """The practitioner's way: a folder of images, a torchvision network, ONNX."""
     from PIL import Image

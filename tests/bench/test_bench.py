@@ -32,6 +32,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "_peak_in_its_own_process", lambda recipe, way: {"resident": 10**9})
 
 
+@pytest.mark.slow
 def test_rates_ratios_and_shares(cakd, quick):
     result = cakd("bench", *WORDS, "loss=kd", "--against", "plain", "--json")
 

@@ -41,6 +41,7 @@ METHODS = {
     "shares": ("--loss", "cakd", "engine.ema_decay=0.8", "engine.parallel=fsdp", "engine.teacher_memory=ram"),
     "own batch norms": ("--loss", "kd", "engine.sync_batch_norm=false"),
 }
+SLOW = ("ctkd", "shares")
 
 
 def free_port():
@@ -74,8 +75,19 @@ def run_ranks(count, jobs, folder, *, stop_after=0):
 
 @pytest.fixture(scope="session")
 def trained(toy_file, toy_teacher, tmp_path_factory):
-    """Each method on one process and on two, with what was said; the test processes share it."""
+    """Methods on one process and on two, with what was said; the test processes share it."""
     folder = tmp_path_factory.getbasetemp().parent / f"ranks-{os.environ.get('PYTEST_XDIST_TESTRUNUID')}"
+    return trained_in(folder, [name for name in METHODS if name not in SLOW], toy_file, toy_teacher)
+
+
+@pytest.fixture(scope="session")
+def trained_slowly(toy_file, toy_teacher, tmp_path_factory):
+    """The other methods likewise."""
+    folder = tmp_path_factory.getbasetemp().parent / f"slow-ranks-{os.environ.get('PYTEST_XDIST_TESTRUNUID')}"
+    return trained_in(folder, SLOW, toy_file, toy_teacher)
+
+
+def trained_in(folder, names, toy_file, toy_teacher):
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -83,12 +95,12 @@ def trained(toy_file, toy_teacher, tmp_path_factory):
             # Of this process, and the others read them.
             shutil.copy(toy_file, folder / "toy.safetensors")
             shutil.copytree(toy_teacher, folder / "teacher")
-            (folder / "done.json").write_text(json.dumps({count: train_methods(count, folder) for count in (1, 2)}))
+            (folder / "done.json").write_text(json.dumps({count: train(count, names, folder) for count in (1, 2)}))
     return folder, {int(count): done for count, done in json.loads((folder / "done.json").read_text()).items()}
 
 
-def train_methods(count, folder):
-    jobs = {name: (*words(folder), *method, "--out", folder / f"{count} {name}") for name, method in METHODS.items()}
+def train(count, names, folder):
+    jobs = {name: (*words(folder), *METHODS[name], "--out", folder / f"{count} {name}") for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAKD_HOME", str(folder / f"home{count}"))
         results, said = run_ranks(count, jobs.values(), folder / f"jobs{count}")
@@ -105,9 +117,9 @@ def lines(folder, count, name):
     return [json.loads(line) for line in (folder / f"{count} {name}" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["kd", "cakd", "ctkd", "shares"])
-def test_two_processes_train_the_same_run(trained, name):
-    folder, done = trained
+@pytest.mark.parametrize("name", ["kd", "cakd", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_two_processes_train_the_same_run(request, name):
+    folder, done = request.getfixturevalue("trained_slowly" if name in SLOW else "trained")
     one, two = (torch.tensor(done[count][0][name]) for count in (1, 2))
 
     assert one.shape == two.shape
@@ -134,7 +146,7 @@ def test_one_process_speaks(trained):
     folder, done = trained
     (out, err), (other_out, other_err) = done[2][1]
 
-    assert out.count("test top-1") == len(METHODS)
+    assert out.count("test top-1") == len(METHODS) - len(SLOW)
     assert "epoch 1/2" in err
     assert (other_out, other_err) == ("", "")
     facts = json.loads((folder / "2 kd" / "run.json").read_text())

@@ -140,6 +140,7 @@ def test_what_was_published_stands_beside_what_was_measured(cakd, tmp_path, monk
     assert "published" in cakd("compare", tmp_path / "runs").out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_it_would_have(cakd, toy_file, toy_teacher, tmp_path):
     words = ("distill", *LITERATURE, "--data", f"tensors:{toy_file}", "--teacher", toy_teacher, "--loss", "kd")
     words = (*words, "--epochs", 3, "--batch-size", 48, "engine.checkpoint_seconds=0", "engine.log_interval=1")

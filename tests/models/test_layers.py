@@ -398,6 +398,7 @@ def test_the_connector_is_trained_and_never_saved(cakd, words, tmp_path, loss):
     assert cakd("eval", tmp_path / "run").code == 0
 
 
+@pytest.mark.slow
 def test_a_run_on_features_asks_nobody_what_another_has_asked(cakd, words, tmp_path):
     logits = cakd(*words, "--out", tmp_path / "logits", "--loss", "kd")
     first = cakd(*words, "--out", tmp_path / "one")

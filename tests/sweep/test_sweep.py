@@ -150,6 +150,7 @@ def test_a_sweep_is_not_written_into_a_run(cakd, words, toy_teacher):
     assert "is a run, not a sweep" in result.err
 
 
+@pytest.mark.slow
 def test_who_trains_a_run_already_is_waited_for(tmp_path, monkeypatch):
     """Two sweeps in one folder share the work; so does one whose first start was killed, and left a run behind."""
     monkeypatch.setattr(here, "_WAIT_SECONDS", 0.05)

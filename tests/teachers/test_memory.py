@@ -309,6 +309,7 @@ def fill_for_ever(seed, home):
         keep(views, truth(views, 100))
 
 
+@pytest.mark.slow
 def test_two_processes_that_fill_at_once_and_are_killed_leave_only_whole_answers(home):
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=fill_for_ever, args=(seed, str(home))) for seed in (1, 2)]
