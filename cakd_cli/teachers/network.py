@@ -8,18 +8,22 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from cakd_cli.data import ImageDataSet
+from cakd_cli.data import ImageDataSet, Split
 from cakd_cli.errors import RecipeError
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import ExternalSpec, ModelSpec, hub, saving
 from cakd_cli.models.initial import count_logits, initial_network
 from cakd_cli.models.layers import LOGITS, Tap, locate
+from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.options import Options
 from cakd_cli.teachers.classes import ClassMap, Mapped, map_classes
 from cakd_cli.teachers.fitted import fitted
 from cakd_cli.teachers.weights_file import weights_alone
+
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,33 @@ def fit(found: Found, data: ImageDataSet, class_map: ClassMap | None = None) -> 
         classes={} if mapped is None else mapped.document(found.class_names, data),
         notes=tuple(notes),
     )
+
+
+@torch.no_grad()
+def outputs_on(split: Split, model: nn.Module, shown: Found, hardware: Hardware) -> tuple[Tensor, Tensor]:
+    """Show a network each image of a split once, in float32 and as the teacher that is made of it will see them.
+
+    Args:
+        split: In its own order, undistorted.
+        model: From normalised images to numbers; on the CPU, before and after.
+        shown: How its images are normalised, and their size.
+        hardware: Where it computes.
+
+    Returns:
+        Its outputs (samples, numbers) and the labels (samples,), both on the CPU.
+    """
+    machine = hardware.full_precision()
+    normalise = Normalisation(shown.mean, shown.std, machine)
+    model = machine.place(model).eval()
+    outputs, labels = [], []
+    for batch in split.ordered_batches(batch_size=_BATCH_SIZE, device=machine.device):
+        images = normalise(batch.images)
+        if shown.input_size is not None and images.shape[1:] != shown.input_size:
+            images = functional.interpolate(images, shown.input_size[1:], mode="bilinear", antialias=True)
+        outputs.append(model(images).float().cpu())
+        labels.append(batch.labels.cpu())
+    model.cpu()
+    return torch.cat(outputs), torch.cat(labels)
 
 
 def of_library(spec: ModelSpec, data: ImageDataSet, *, fetch: bool) -> Found:

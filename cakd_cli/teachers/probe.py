@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cakd_cli.data import ImageDataSet, Split
 from cakd_cli.data.base import hold_out
@@ -27,14 +26,12 @@ from cakd_cli.models import TimmSpec, TorchvisionSpec, hub, read_state, saving
 from cakd_cli.models.initial import count_logits
 from cakd_cli.models.layers import find_classifier, stages
 from cakd_cli.models.linear import Labelled, best_linear
-from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.options import mistakes
 from cakd_cli.teachers.hub import HubTeacher
-from cakd_cli.teachers.network import Found, RunTeacher, TeacherSpec, of_hub, of_library
+from cakd_cli.teachers.network import Found, RunTeacher, TeacherSpec, of_hub, of_library, outputs_on
 
 # Share of the training images that chooses the penalty, where the data holds nothing out itself.
 _HELD_OUT = 0.1
-_BATCH_SIZE = 64
 _LIBRARIES = ("timm", "torchvision", "hf-hub")
 
 
@@ -99,7 +96,7 @@ class ProbeTeacher(TeacherSpec):
         model.classifier = nn.Linear(width, data.num_classes)
         notes: tuple[str, ...] = (f"{self.label}: its classifier is not fitted before the run begins",)
         if data.fingerprint:  # not for what stands for data that is not here
-            fit = _Fit(model, backbone, size, data, hardware)
+            fit = _Fit(model, backbone, data, hardware)
             with torch.random.fork_rng(devices=[]):  # whether it is fitted or read changes no random number of the run
                 fitted = fit.kept() or (fit.made() if fetch else None)
             notes = notes if fitted is None else (f"{self.label}: {fitted}",)
@@ -225,16 +222,13 @@ class _Fit:
 
     Args:
         model: Whose classifier it will be.
-        shown: How the backbone's images are normalised.
-        size: Channels, height and width that it sees.
+        shown: How the backbone's images are normalised, and their size.
         data: What it is fitted to.
         hardware: Where features are computed, in float32.
     """
 
-    def __init__(
-        self, model: Probe, shown: Found, size: tuple[int, int, int], data: ImageDataSet, hardware: Hardware
-    ) -> None:
-        self._model, self._shown, self._size = model, shown, size
+    def __init__(self, model: Probe, shown: Found, data: ImageDataSet, hardware: Hardware) -> None:
+        self._model, self._shown = model, shown
         self._data, self._hardware = data, hardware
         self._path = home() / "probes" / f"{self._key()}.safetensors"
 
@@ -245,7 +239,7 @@ class _Fit:
         labels = {str(i): part.labels_by_number() for i, part in enumerate(parts) if part is not None}
         document = {
             "backbone": [shown.architecture, saving.weights_hash(self._model.backbone.state_dict())],
-            "shown": [list(shown.mean), list(shown.std), list(self._size)],
+            "shown": [list(shown.mean), list(shown.std), list(shown.input_size or data.input.shape)],
             "data": [dict(data.fingerprints), list(data.input.shape), data.crop_pct, list(data.class_names)],
             "samples": saving.weights_hash({name: part for name, part in labels.items() if part is not None}),
         }
@@ -287,25 +281,13 @@ class _Fit:
     def _features(self) -> tuple[Labelled, Labelled]:
         """Features of the training images, and of those that choose the penalty."""
         data = self._data
-        backbone = self._hardware.place(self._model.backbone).eval()
-        train = self._of_split(backbone, data.train)
+        train = self._of_split(data.train)
         if data.validation is not None:
-            held_out = self._of_split(backbone, data.validation)
+            held_out = self._of_split(data.validation)
         else:
             keep, out = hold_out(train.labels, _HELD_OUT, seed=0)
             train, held_out = (Labelled(train.features[part], train.labels[part]) for part in (keep, out))
-        backbone.cpu()
         return train, held_out
 
-    @torch.no_grad()
-    def _of_split(self, backbone: nn.Module, split: Split) -> Labelled:
-        machine = self._hardware.full_precision()
-        normalise = Normalisation(self._shown.mean, self._shown.std, machine)
-        features, labels = [], []
-        for batch in split.ordered_batches(batch_size=_BATCH_SIZE, device=machine.device):
-            images = normalise(batch.images)
-            if images.shape[1:] != self._size:  # as the teacher will see them
-                images = functional.interpolate(images, self._size[1:], mode="bilinear", antialias=True)
-            features.append(backbone(images).float().cpu())
-            labels.append(batch.labels.cpu())
-        return Labelled(torch.cat(features), torch.cat(labels))
+    def _of_split(self, split: Split) -> Labelled:
+        return Labelled(*outputs_on(split, self._model.backbone, self._shown, self._hardware))

@@ -20,19 +20,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cakd_cli.data import ImageDataSet, Split
+from cakd_cli.data import ImageDataSet
 from cakd_cli.errors import InputError, RecipeError, first_line
 from cakd_cli.files import read_json
 from cakd_cli.machine.hardware import Hardware
 from cakd_cli.models import hub
-from cakd_cli.models.normalisation import Normalisation
 from cakd_cli.options import mistakes
-from cakd_cli.teachers.network import Found, TeacherSpec
+from cakd_cli.teachers.network import Found, TeacherSpec, outputs_on
 
 _KINDS = {"clip": "CLIP", "siglip": "SigLIP"}
 _HUB = "hf-hub:"
 # Images on which the temperature is chosen, and between what.
-_MOST_IMAGES, _BATCH_SIZE = 2048, 64
+_MOST_IMAGES = 2048
 _LEAST, _LARGEST = 1e-2, 1e2
 
 
@@ -134,7 +133,7 @@ class ZeroShotTeacher(TeacherSpec):
                 count = min(len(split), _MOST_IMAGES)
                 part = split.subset(torch.linspace(0, len(split) - 1, count).round().long())
                 # Few digits: so that it does not depend on the last ones of a machine.
-                chosen = float(f"{best_temperature(*_answers(model, found, part, hardware)):.3g}")
+                chosen = float(f"{best_temperature(*outputs_on(part, model, found, hardware)):.3g}")
                 why = f"the best on {count:,} {where} images"
         with torch.no_grad():
             model.classifier.weight /= chosen
@@ -183,23 +182,6 @@ def best_temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
         else:
             least = middle
     return math.exp(-(least + largest) / 2)
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, found: Found, split: Split, hardware: Hardware) -> tuple[Tensor, Tensor]:
-    """Logits (samples, classes) and labels, in float32, as the teacher will give them."""
-    machine = hardware.full_precision()
-    model, normalise = machine.place(model), Normalisation(found.mean, found.std, machine)
-    logits, labels = [], []
-    assert found.input_size is not None
-    for batch in split.ordered_batches(batch_size=_BATCH_SIZE, device=machine.device):
-        images = normalise(batch.images)
-        if images.shape[1:] != found.input_size:
-            images = functional.interpolate(images, found.input_size[1:], mode="bilinear", antialias=True)
-        logits.append(model(images).float().cpu())
-        labels.append(batch.labels.cpu())
-    model.cpu()
-    return torch.cat(logits), torch.cat(labels)
 
 
 def _kind(folder: Path, label: str) -> str:

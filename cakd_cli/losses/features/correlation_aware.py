@@ -140,7 +140,9 @@ class CAKDFeaturesTerm(Term):
                 **settings,
             )
             outputs.append(output)
-        parts = {f"feature_{name}": reduce(add, (output.parts[name] for output in outputs)) for name in output.parts}
+        parts = {
+            f"feature_{name}": reduce(add, (output.parts[name] for output in outputs)) for name in outputs[0].parts
+        }
         return LossOutput(reduce(add, (output.total for output in outputs)), parts)
 
     def _layers(self) -> tuple[tuple[Look, ...], tuple[Look, ...]]:
